@@ -1,0 +1,79 @@
+# Every verb makes its own .venv on first use. `make help` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+PIP_ARGS ?=
+WORKERS ?= auto
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+DEMO_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+
+# A .venv that was copied or moved together with its checkout still points at the old place; the stamp knows its own.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+$(shell rm -f $(STAMP))
+endif
+
+.PHONY: help setup test lint format bench demo wheel clean
+
+help:  ## list the verbs
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  Variables: PYTHON=$(PYTHON)  PIP_ARGS=  WORKERS=$(WORKERS)  PYTEST_ARGS=  DEMO_ARGS=  BENCH_ARGS="
+	@echo "  For example: make test WORKERS=0 PYTEST_ARGS='tests/test_architecture.py -x'"
+
+setup: $(STAMP)  ## make .venv with everything in it (again only when a dependency changes)
+	@echo "$(VENV) is up to date."
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "'$(PYTHON)' was not found. Install Python 3.11 or newer, or name one: make setup PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "rlhf_core needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) -V 2>&1)." >&2; \
+	  echo "Name a newer one: make setup PYTHON=python3.12" >&2; exit 1; }
+	@SECONDS=0; \
+	  if [ -f $(STAMP) ] && $(BIN)/python -c ''; then \
+	    echo "Updating $(VENV): its dependencies may have changed ..."; \
+	  else \
+	    echo "Setting up $(VENV) (once, about a minute and a half) ..."; \
+	    rm -rf $(VENV); \
+	    $(PYTHON) -m venv $(VENV) || { \
+	      rm -rf $(VENV); echo "'$(PYTHON) -m venv' failed; Debian and Ubuntu need the package python3-venv." >&2; exit 1; }; \
+	  fi; \
+	  $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'; \
+	  echo "$(CURDIR)" > $(STAMP); \
+	  echo "$(VENV) is ready ($${SECONDS} s)."
+
+test: $(STAMP)  ## run the tests, several at a time (WORKERS=0: one at a time)
+	@$(if $(filter 0,$(WORKERS)),,OMP_NUM_THREADS=1) \
+	  $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## check style and formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(STAMP)  ## fix what lint can fix, and format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(STAMP)  ## run the benchmarks (BENCH_ARGS=--help)
+	@$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+
+demo: $(STAMP)  ## SFT, reward model, PPO and DPO on a small invented language, in minutes (DEMO_ARGS=--quick)
+	@$(BIN)/rlhf demo $(DEMO_ARGS)
+
+wheel: $(STAMP)  ## build the wheel into dist/
+	@rm -rf build dist
+	@$(BIN)/python -m build -qq --wheel --outdir dist
+	@rm -rf build
+	@ls dist/*.whl
+
+clean:  ## remove .venv, caches and everything built
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find rlhf_core kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,28 @@
+"""The definition: everything at once, in plain torch. Slow and large on purpose; the tests compare with it."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """log p(target) and the entropy of softmax(logits / temperature), both (M,) float32 (float64 stays float64).
+
+    logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap), or without the tanh where softcap is None.
+    """
+    logits = F.linear(hidden, weight, bias)
+    logits = (logits if logits.dtype == torch.float64 else logits.float()) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logprobs = torch.log_softmax(logits / temperature, dim=-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy

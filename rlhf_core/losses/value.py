@@ -1,0 +1,51 @@
+"""The critic's regression."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_core.ops.masked import masked_mean, masked_sum, masked_var
+
+
+def value_loss(
+    *,
+    new_values: Tensor,
+    values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    value_clip: float | None = 0.2,
+    normalizer: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Half the squared error to the returns, the worse of clipped and unclipped, the mean over completion tokens.
+
+        mean max((V - R)^2, (clamp(V, V_old - value_clip, V_old + value_clip) - R)^2) / 2
+
+    as in OpenAI's baselines and lm-human-preferences; `value_clip=None` is the plain squared error.
+
+    Args:
+        new_values: (B, T) with gradient. values: (B, T) when sampled. returns: (B, T). mask: (B, T) bool.
+        normalizer: divide by this instead of the local count of tokens (see `sft_loss`).
+
+    Returns:
+        the loss, a scalar, and stats: `value_clip_fraction` and `value_mean`.
+    """
+    error = (new_values - returns).square()
+    clipped = torch.zeros_like(error)
+    if value_clip is not None:
+        if value_clip <= 0:
+            raise ValueError(f"value_clip={value_clip}: expected more than 0, or None for no clipping")
+        clipped = (values + (new_values - values).clamp(-value_clip, value_clip) - returns).square()
+    loss = 0.5 * masked_sum(torch.maximum(error, clipped), mask)
+    loss = loss / (mask.sum().clamp(min=1) if normalizer is None else normalizer)
+    with torch.no_grad():
+        stats = {
+            "value_clip_fraction": masked_mean((clipped > error).float(), mask),
+            "value_mean": masked_mean(new_values, mask),
+        }
+    return loss, stats
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var(R - V) / Var(R) over completion tokens: 1 is a perfect critic, 0 one that knows the mean alone."""
+    return 1 - masked_var(returns - values, mask) / masked_var(returns, mask).clamp(min=1e-8)

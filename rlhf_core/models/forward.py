@@ -1,0 +1,287 @@
+"""The one way through a model: a `PackedBatch` in, (B, T) tensors out.
+
+    hidden states of the stream -> the rows that predict completion tokens -> a head (log-probs, values or scores)
+
+Three routes give the same numbers. *Packed* runs the stream as it is. *Padded* runs one right-padded row a sequence,
+for models that cannot read the stream. Both hand only completion rows to the fused head; a model whose logits are more
+than a linear head with a scale and a softcap is asked for its own logits instead. On the first use of a model a small
+probe runs both layouts and both heads and compares them, so a model that would go wrong silently is caught.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_core.batch import PackedBatch
+from rlhf_core.models.attention import PACKED, packed_forward
+from rlhf_core.ops.logprobs import linear_logprobs, logits_logprobs
+
+Layout = Literal["auto", "packed", "padded"]
+logger = logging.getLogger("rlhf_core.models")
+
+
+@dataclass(frozen=True)
+class PolicyOutputs:
+    """What one forward of a policy says about the completion tokens; each (B, T), zero outside the mask."""
+
+    logprobs: Tensor
+    entropy: Tensor | None = None  # nats, without gradient
+    values: Tensor | None = None  # V(prompt and completion before the token)
+
+
+def token_logprobs(
+    model: nn.Module, batch: PackedBatch, *, temperature: float = 1.0, layout: Layout = "auto"
+) -> Tensor:
+    """Log-probability of every completion token given all before it, (B, T) float32, zero outside the mask."""
+    return policy_outputs(model, batch, temperature=temperature, layout=layout).logprobs
+
+
+def policy_outputs(
+    model: nn.Module,
+    batch: PackedBatch,
+    *,
+    value_head: nn.Module | None = None,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    layout: Layout = "auto",
+) -> PolicyOutputs:
+    """Log-probs, and on request entropies and the values of a head on the policy's trunk, from one forward.
+
+    `temperature` divides the logits: give the one the completions were sampled with. Raises ValueError where
+    `layout="packed"` is asked of a model that cannot take it.
+    """
+    route = find_route(model, layout)
+    batch = batch.to(device_of(model))
+    if route.fused_head:
+        states = completion_states(model, batch, route)
+        logprobs, entropies = linear_logprobs(
+            states, targets=batch.targets, temperature=temperature, entropy=entropy, **_lm_head(model)
+        )
+    else:
+        states, logits = _own_logits(model, batch, with_states=value_head is not None)
+        logprobs, entropies = logits_logprobs(logits, batch.targets, temperature=temperature, entropy=entropy)
+    return PolicyOutputs(
+        logprobs=batch.scatter(logprobs),
+        entropy=batch.scatter(entropies) if entropy else None,
+        values=batch.scatter(value_head(states)) if value_head is not None else None,
+    )
+
+
+def token_values(value_model: nn.Module, batch: PackedBatch, *, layout: Layout = "auto") -> Tensor:
+    """V(prompt, completion so far) before each completion token, (B, T), from a model with a scalar score head.
+
+    The value at t may not see token t: it is read where that token is predicted.
+    """
+    batch = batch.to(device_of(value_model))
+    states = completion_states(value_model, batch, find_route(value_model, layout))
+    return batch.scatter(_score(value_model, states))
+
+
+def sequence_scores(reward_model: nn.Module, batch: PackedBatch, *, layout: Layout = "auto") -> Tensor:
+    """The reward model's score of each completion, (B,), read at its last token (found by length, never by id)."""
+    batch = batch.to(device_of(reward_model))
+    return _score(reward_model, last_states(reward_model, batch, find_route(reward_model, layout)))
+
+
+def pair_logprobs(
+    policy: nn.Module, reference: nn.Module | None, batch: PackedBatch, *, layout: Layout = "auto"
+) -> dict[str, Tensor]:
+    """Log-probs and masks of preference pairs, by the keywords that `preference_loss` takes.
+
+    `batch` holds chosen, rejected, chosen, rejected, ... as `preference_batches` makes them. Each tensor is (B, T) for
+    B pairs. The reference runs without gradient; with None its log-probs are left out.
+    """
+    if batch.num_completions % 2:
+        raise ValueError(f"{batch.num_completions} completions do not make pairs of chosen and rejected")
+    logprobs, mask = token_logprobs(policy, batch, layout=layout), batch.completion_mask.to(device_of(policy))
+    pairs = dict(
+        chosen_logprobs=logprobs[0::2],
+        rejected_logprobs=logprobs[1::2],
+        chosen_mask=mask[0::2],
+        rejected_mask=mask[1::2],
+    )
+    if reference is not None:
+        with torch.no_grad():
+            ref_logprobs = token_logprobs(reference, batch, layout=layout)
+        pairs |= dict(ref_chosen_logprobs=ref_logprobs[0::2], ref_rejected_logprobs=ref_logprobs[1::2])
+    return pairs
+
+
+# ---------------------------------------------------------------------------------------------------------- the trunk
+
+
+def completion_states(model: nn.Module, batch: PackedBatch, route: Route) -> Tensor:
+    """(M, H) last hidden states of the rows that predict each completion token."""
+    return _states(model, batch, route, "predict_rows")
+
+
+def last_states(model: nn.Module, batch: PackedBatch, route: Route) -> Tensor:
+    """(B, H) last hidden states at each completion's last token."""
+    return _states(model, batch, route, "last_rows")
+
+
+def _states(model: nn.Module, batch: PackedBatch, route: Route, rows: str) -> Tensor:
+    trunk = trunk_of(model)
+    if route.layout == "packed":
+        with packed_forward():
+            hidden = trunk(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[None],
+                layout=batch.layout,
+                use_cache=False,
+            ).last_hidden_state
+        return hidden[0].index_select(0, getattr(batch, rows))
+    padded = batch.padded()
+    hidden = trunk(input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1).index_select(0, getattr(padded, rows))
+
+
+def _own_logits(model: nn.Module, batch: PackedBatch, *, with_states: bool = False) -> tuple[Tensor | None, Tensor]:
+    """(M, H) states and (M, V) logits by the model's own ordinary forward: the definition, and the last resort."""
+    padded = batch.padded()
+    output = model(
+        input_ids=padded.input_ids,
+        attention_mask=padded.attention_mask,
+        use_cache=False,
+        output_hidden_states=with_states,
+    )
+    states = output.hidden_states[-1].flatten(0, 1).index_select(0, padded.predict_rows) if with_states else None
+    return states, output.logits.flatten(0, 1).index_select(0, padded.predict_rows)
+
+
+def trunk_of(model: nn.Module) -> nn.Module:
+    """The transformer under the head(s)."""
+    return model.base_model
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters are."""
+    return next(model.parameters()).device
+
+
+def _score(model: nn.Module, states: Tensor) -> Tensor:
+    """A sequence classifier's one label on the given rows, float32."""
+    head = getattr(model, "score", None)
+    if head is None:
+        raise ValueError(
+            f"{type(model).__name__} has no `score` head; load it with load_reward_model or load_value_model"
+        )
+    return head(states).squeeze(-1).float()
+
+
+def _lm_head(model: nn.Module) -> dict:
+    """The LM head as `linear_logprobs` takes it: weight, bias, and the scale and softcap some families put on it."""
+    head, config = model.get_output_embeddings(), model.config
+    # Cohere multiplies its logits, Granite and MiniCPM divide; Gemma caps. Anything else is caught by the probe.
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale = scale / (getattr(config, "logits_scaling", None) or 1.0)
+    return dict(
+        weight=head.weight,
+        bias=getattr(head, "bias", None),
+        scale=scale,
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- the probe
+
+
+@dataclass(frozen=True)
+class Route:
+    """How a model is to be run."""
+
+    layout: Literal["packed", "padded"]
+    fused_head: bool
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    packed_fault: str | None  # why the packed layout is wrong for this model, None where it is right
+    fused_head: bool
+
+
+_verdicts: weakref.WeakKeyDictionary[nn.Module, _Verdict] = weakref.WeakKeyDictionary()
+
+
+def find_route(model: nn.Module, layout: Layout = "auto") -> Route:
+    """The route for this model, probing it on first use. Only `"auto"` falls back; `"packed"` raises ValueError."""
+    if layout not in ("auto", "packed", "padded"):
+        raise ValueError(f"layout={layout!r}: expected auto, packed or padded")
+    if model not in _verdicts:
+        _verdicts[model] = _probe(model)
+        if layout == "auto" and (fault := _verdicts[model].packed_fault):
+            logger.warning("%s runs in the padded layout: %s", type(model).__name__, fault)
+    verdict = _verdicts[model]
+    if layout == "packed" and verdict.packed_fault:
+        raise ValueError(
+            f"layout='packed' was asked for, but {type(model).__name__} cannot take it: {verdict.packed_fault}. "
+            "Use layout='auto' or 'padded'."
+        )
+    packed = layout != "padded" and not verdict.packed_fault
+    return Route("packed" if packed else "padded", verdict.fused_head)
+
+
+@torch.no_grad()
+def _probe(model: nn.Module) -> _Verdict:
+    """Run a small batch both ways and compare; leaves the model switched to packed attention where that is right."""
+    was_training = model.training
+    model.eval()
+    try:
+        batch = _probe_batch(model).to(device_of(model))
+        padded_states = completion_states(model, batch, Route("padded", fused_head=False))
+        fused_head = True
+        if model.get_output_embeddings() is not None:
+            own, _ = logits_logprobs(_own_logits(model, batch)[1], batch.targets)
+            fused, _ = linear_logprobs(padded_states, targets=batch.targets, **_lm_head(model))
+            fused_head = _difference(fused, own) <= _tolerance(model)
+        return _Verdict(_packed_fault(model, batch, padded_states), fused_head)
+    finally:
+        model.train(was_training)
+
+
+def _packed_fault(model: nn.Module, batch: PackedBatch, padded_states: Tensor) -> str | None:
+    """Switch the model to packed attention and try it; on any fault switch it back and say what was wrong."""
+    if getattr(model.config, "attention_chunk_size", None):
+        return "its attention is chunked, which the packed layout does not know"
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(PACKED)
+        difference = _difference(completion_states(model, batch, Route("packed", fused_head=False)), padded_states)
+        if difference <= _tolerance(model):
+            return None
+        fault = f"hidden states differ from the padded forward by {difference:.2g} of their size"
+    except Exception as error:  # whatever a foreign model throws, the padded layout still serves it
+        fault = f"{type(error).__name__}: {error}"
+    if before in ("sdpa", "eager"):  # a failed choice stays in the config otherwise
+        model.set_attn_implementation(before)
+    return fault
+
+
+def _probe_batch(model: nn.Module) -> PackedBatch:
+    """Two prompts, with two completions and with one, longer than a small sliding window if the model has one."""
+    window = getattr(model.config, "sliding_window", None) or 0
+    prompt_length = 9 + (window if window <= 64 else 0)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().num_embeddings
+
+    def draw(length):
+        return torch.randint(vocabulary, (length,), generator=generator).tolist()
+
+    return PackedBatch.pack([(draw(prompt_length), [draw(7), draw(4)]), (draw(3), [draw(5)])], share=True)
+
+
+def _difference(tensor: Tensor, truth: Tensor) -> float:
+    """Largest difference, as a share of the truth's size (infinite where either is not finite)."""
+    difference = ((tensor.float() - truth.float()).abs().max() / truth.float().abs().max().clamp(min=1e-6)).item()
+    return difference if difference == difference else float("inf")
+
+
+def _tolerance(model: nn.Module) -> float:
+    """What rounding may cost: far below what a wrong mask or a wrong position does."""
+    return 1e-4 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 3e-2

@@ -1,0 +1,210 @@
+"""Loading and saving the roles: policy, reference, reward model, value model. All are plain Hugging Face folders."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+logger = logging.getLogger("rlhf_core.models")
+
+
+def load_policy(
+    path: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str | torch.device | None = None,
+    gradient_checkpointing: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model to train, and its tokenizer.
+
+    Args:
+        path: a local folder or a hub name.
+        dtype: of the weights. float32 unless you say otherwise, whatever the checkpoint holds: half-precision weights
+            lose the small updates of fine-tuning.
+        device: where to put it; a GPU if there is one.
+        gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+
+    Dropout is off, as in DPO and PPO papers: a ratio of two forwards means nothing if each drops other units.
+    """
+    options = _hub_options(path, revision, trust_remote_code)
+    model = _load(AutoModelForCausalLM, path, dtype, options)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code)
+    check_vocabulary(tokenizer, model, path)
+    return model.to(device or default_device()).train(), tokenizer
+
+
+def load_reference(path: str | Path, **options: Any) -> PreTrainedModel:
+    """A frozen policy in evaluation mode. Options as for `load_policy`."""
+    return freeze(load_policy(path, **options)[0])
+
+
+def load_reward_model(
+    path: str | Path, *, seed: int = 0, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A sequence classifier with one label: an existing one as it is, or a policy's trunk with a new score head.
+
+    A new head is drawn from N(0, 1 / (hidden size + 1)) (Stiennon et al. 2020, arXiv:2009.01325). The config gets a pad
+    token that no sequence ends with, because plain transformers finds the last token of a padded row by that id.
+    Options as for `load_policy`.
+
+    Raises ValueError for a classifier with another number of labels.
+    """
+    model, tokenizer, head_is_new = _load_scorer(path, **options)
+    if head_is_new:
+        weight = model.score.weight
+        drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            weight.copy_(drawn * (weight.shape[1] + 1) ** -0.5)
+    return model, tokenizer
+
+
+def load_value_model(path: str | Path, **options: Any) -> PreTrainedModel:
+    """A critic with its own trunk: a reward model with its score head kept, or a policy with a head that says 0.
+
+    Options as for `load_policy`.
+    """
+    model, _, head_is_new = _load_scorer(path, **options)
+    if head_is_new:
+        nn.init.zeros_(model.score.weight)
+    return model
+
+
+def load_tokenizer(
+    path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(path, **_hub_options(path, revision, trust_remote_code))
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """No gradients, evaluation mode."""
+    return model.requires_grad_(False).eval()
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def save_model(folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A folder that plain transformers loads: weights, config, generation config, tokenizer."""
+    with _quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, path: str | Path) -> None:
+    """ValueError if the tokenizer knows ids that the model has no embedding for."""
+    rows = model.get_input_embeddings().num_embeddings
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ValueError(
+            f"{path}: the tokenizer's largest id is {largest} but the model has {rows} embedding rows; "
+            "this tokenizer does not belong to these weights"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------- inside
+
+
+def _hub_options(path: str | Path, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    looks_local = isinstance(path, Path) or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
+    if looks_local and not Path(path).expanduser().is_dir():
+        raise FileNotFoundError(f"no model folder at {path}")
+    if trust_remote_code:
+        logger.warning("running code that comes with %s (trust_remote_code)", path)
+    return dict(revision=revision, trust_remote_code=trust_remote_code)
+
+
+def _load(auto_class: type, path: str | Path, dtype: str, options: dict[str, Any], **more: Any) -> PreTrainedModel:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
+    config = AutoConfig.from_pretrained(path, **options)
+    for name, value in more.items():
+        setattr(config, name, value)
+    # Modules read their dropout from the config when they are built; afterwards the config says again what it said.
+    dropouts = {name: value for name, value in vars(config).items() if "drop" in name and isinstance(value, float)}
+    quiet = copy.deepcopy(config)
+    for name in dropouts:
+        setattr(quiet, name, 0.0)
+    with _quiet_transformers():
+        model = auto_class.from_pretrained(path, config=quiet, dtype=DTYPES[dtype], **options)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for name, value in dropouts.items():
+        setattr(model.config, name, value)
+    return model
+
+
+def _load_scorer(
+    path: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str | torch.device | None = None,
+    gradient_checkpointing: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
+    """A one-label classifier, its tokenizer, and whether its score head is new and still has to be set."""
+    options = _hub_options(path, revision, trust_remote_code)
+    config = AutoConfig.from_pretrained(path, **options)
+    head_is_new = not any("SequenceClassification" in name for name in config.architectures or [])
+    if not head_is_new and config.num_labels != 1:
+        raise ValueError(f"{path} is a classifier with {config.num_labels} labels; a reward model has one, its score")
+    model = _load(AutoModelForSequenceClassification, path, dtype, options, num_labels=1)
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise ValueError(f"{path}: {type(model).__name__} has no linear `score` head")
+    if head_is_new and model.score.bias is not None:
+        nn.init.zeros_(model.score.bias)
+    tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code)
+    check_vocabulary(tokenizer, model, path)
+    _use_safe_pad_token(model, tokenizer)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model.to(device or default_device()).train(), tokenizer, head_is_new
+
+
+def _use_safe_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make sure that the config's pad id never ends a sequence, adding a token if there is no such id."""
+    eos = tokenizer.eos_token_id
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == eos:
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id != eos:
+            tokenizer.pad_token = tokenizer.unk_token
+        else:
+            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+            if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+                model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+@contextlib.contextmanager
+def _quiet_transformers():
+    """No bars and no report of a head that is new on purpose."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,118 @@
+"""Scoring: one number for each completion, from a reward model or from a function of the texts."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_core.batch import PackedBatch
+from rlhf_core.config import ModelConfig
+from rlhf_core.models.forward import Layout, sequence_scores
+from rlhf_core.models.load import freeze, load_reward_model
+from rlhf_core.rollout.sampling import evaluating
+
+Reward = Callable[[list[list[int]], list[list[int]], list[dict[str, Any]]], Tensor]
+"""(prompt ids, completion ids, data rows) -> (B,) float32 scores on the CPU."""
+
+
+def model_reward(
+    reward_model: nn.Module,
+    reward_tokenizer: Any,
+    policy_tokenizer: Any,
+    *,
+    batch_size: int = 64,
+    layout: Layout = "auto",
+) -> Reward:
+    """Scores of a reward model. Token ids are passed as they are where both share a vocabulary, else the texts."""
+    translate = not same_vocabulary(reward_tokenizer, policy_tokenizer)
+
+    @torch.no_grad()
+    def score(prompts: list[list[int]], completions: list[list[int]], rows: list[dict[str, Any]]) -> Tensor:
+        if translate:
+            prompts, completions = _translate(prompts, completions, policy_tokenizer, reward_tokenizer)
+        scores = []
+        with evaluating(reward_model):
+            for start in range(0, len(prompts), batch_size):
+                part = slice(start, start + batch_size)
+                batch = PackedBatch.pack([(p, [c]) for p, c in zip(prompts[part], completions[part], strict=True)])
+                scores.append(sequence_scores(reward_model, batch, layout=layout).cpu())
+        return torch.cat(scores)
+
+    return score
+
+
+def load_model_reward(source: ModelConfig, policy_tokenizer: Any, *, device: str | None = None) -> Reward:
+    """The frozen reward model of a config, as a reward for completions in the policy's tokens."""
+    reward_model, reward_tokenizer = load_reward_model(source.path, device=device, **source.options())
+    return model_reward(freeze(reward_model), reward_tokenizer, policy_tokenizer, layout=source.layout)
+
+
+def function_reward(function: Callable[..., Sequence[float]], policy_tokenizer: Any) -> Reward:
+    """Scores of `function(prompts, completions, records)`: lists of texts (without special tokens) and of data rows."""
+    name = getattr(function, "__name__", str(function))
+
+    def score(prompts: list[list[int]], completions: list[list[int]], rows: list[dict[str, Any]]) -> Tensor:
+        prompt_texts = policy_tokenizer.batch_decode(prompts, skip_special_tokens=True)
+        completion_texts = policy_tokenizer.batch_decode(completions, skip_special_tokens=True)
+        scores = list(function(prompt_texts, completion_texts, rows))
+        if len(scores) != len(prompts):
+            raise ValueError(f"reward function {name}: {len(scores)} scores for {len(prompts)} completions")
+        for i, value in enumerate(scores):
+            if not isinstance(value, int | float | Tensor) or not math.isfinite(value):
+                raise ValueError(
+                    f"reward function {name}: sample {i} got {value!r}, expected a finite number; "
+                    f"its completion begins {completion_texts[i][:60]!r}"
+                )
+        return torch.tensor([float(value) for value in scores])
+
+    return score
+
+
+def import_function(name: str) -> Callable[..., Any]:
+    """`package.module:function`, also from the folder the command is typed in."""
+    module_name, _, function_name = name.partition(":")
+    if not module_name or not function_name:
+        raise ValueError(f"{name!r}: expected module:function")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{name!r}: {error}") from error
+    finally:
+        sys.path.remove(here)
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ValueError(f"{name!r}: {module_name} has no function {function_name}")
+    return function
+
+
+def same_vocabulary(tokenizer: Any, other: Any) -> bool:
+    """True where ids mean the same, pad tokens aside: a reward model may have been given one of its own."""
+
+    def words(one: Any) -> dict[str, int]:
+        return {token: i for token, i in one.get_vocab().items() if token != one.pad_token}
+
+    return words(tokenizer) == words(other)
+
+
+def _translate(
+    prompts: list[list[int]], completions: list[list[int]], source: Any, target: Any
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Texts of one tokenizer as ids of another, prompt and completion apart, the end marked where it was reached."""
+    texts = source.batch_decode(prompts, skip_special_tokens=True)
+    new_prompts = [target(text)["input_ids"] or [target.bos_token_id or target.eos_token_id] for text in texts]
+    new_completions = []
+    for completion in completions:
+        text = source.decode(completion, skip_special_tokens=True)
+        ids = target(text, add_special_tokens=False)["input_ids"]
+        ended = completion[-1] in source.all_special_ids
+        new_completions.append(ids + [target.eos_token_id] if ended or not ids else ids)
+    return new_prompts, new_completions

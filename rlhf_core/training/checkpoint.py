@@ -1,0 +1,134 @@
+"""Checkpoints: a directory a step, whole or not there at all.
+
+    checkpoints/step-000120/{policy.safetensors, ..., optimizer.safetensors, state.json, manifest.json}
+
+Everything is written to a temporary name, each file and the directory flushed to disk, the manifest (sizes, sha256,
+versions) last, and then the directory is renamed. Reading verifies against the manifest, skips what is damaged with the
+reason, and takes the newest that is whole. Tensors are safetensors, the rest is JSON: nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import nn
+
+logger = logging.getLogger("rlhf_core.training")
+SCHEMA = 1
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    *,
+    modules: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write `root/step-NNNNNN` and drop all but the newest `keep` whole checkpoints. Returns the new directory."""
+    root.mkdir(parents=True, exist_ok=True)
+    final, temporary = root / f"step-{step:06d}", root / f"step-{step:06d}.tmp-{os.getpid()}"
+    try:
+        temporary.mkdir()
+        for name, module in modules.items():
+            save_model(module, str(temporary / f"{name}.safetensors"))
+        save_file(_flatten(optimizer), temporary / "optimizer.safetensors")
+        (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=2))
+        files = {path.name: _describe(path) for path in sorted(temporary.iterdir())}
+        manifest = {"schema": SCHEMA, "step": step, "versions": versions(), "files": files}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        for path in temporary.iterdir():
+            _fsync(path)
+        _fsync(temporary)
+        if final.exists():  # a damaged one of the same step: a whole one would have been resumed from
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _fsync(root)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in sorted(root.glob("step-??????"))[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def newest_checkpoint(root: Path) -> Path | None:
+    """The newest checkpoint that verifies; each one skipped is reported with the reason."""
+    for path in sorted(root.glob("step-??????"), reverse=True):
+        fault = find_fault(path)
+        if fault is None:
+            return path
+        logger.warning("skipping checkpoint %s: %s", path, fault)
+    return None
+
+
+def find_fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint, None if it is whole."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        return f"its manifest cannot be read ({error})"
+    for name, expected in manifest["files"].items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if _describe(path / name) != expected:
+            return f"{name} is not what was written (size or checksum differs)"
+    return None
+
+
+def load_checkpoint(
+    path: Path, *, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Restore modules and optimizer in place and return the saved state."""
+    for name, module in modules.items():
+        load_model(module, str(path / f"{name}.safetensors"))
+    _unflatten(optimizer, load_file(path / "optimizer.safetensors"))
+    return json.loads((path / "state.json").read_text())
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in ("rlhf-core", "torch", "transformers", "safetensors", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """{"parameter number.name": tensor}; the groups' settings come from the config and are not saved."""
+    state = optimizer.state_dict()["state"]
+    return {f"{number}.{name}": value for number, entry in state.items() for name, value in entry.items()}
+
+
+def _unflatten(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        number, name = key.split(".", 1)
+        state.setdefault(int(number), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

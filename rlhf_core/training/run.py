@@ -1,0 +1,227 @@
+"""A run's life: its folder, its progress bar, its metrics, its checkpoints, and how it ends.
+
+with Run("dpo", config, total_steps, modules={"policy": policy}, optimizer=optimizer) as run:
+    for step in run.steps():
+        ...
+        run.log(step, {"loss": loss, ...}, show=("loss", "accuracy", "margin"))
+    run.save(lambda folder: save_model(folder, policy, tokenizer))
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from tqdm import tqdm
+
+from rlhf_core.config import ConfigError, RunConfig, to_dict
+from rlhf_core.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, versions
+from rlhf_core.training.metrics import MetricWriter
+
+SETTINGS, ABOUT = "run.yaml", "run.json"
+
+# Settings that a resumed run may change: they do not touch what is learned.
+_FREE_TO_CHANGE = {"output", "resume", "overwrite", "device", "progress", "tensorboard", "eval_every"}
+_FREE_TO_CHANGE |= {"save_every", "keep_checkpoints"}
+_MAX_BAD_STEPS = 5
+
+
+class Interrupted(KeyboardInterrupt):
+    """Raised when a run stopped on request, after its step was finished and saved."""
+
+
+class NonFiniteError(RuntimeError):
+    """Raised when step after step has a gradient that is not finite."""
+
+
+class Run:
+    """See the module's own example. `controllers` are other objects with state_dict and load_state_dict of numbers."""
+
+    def __init__(
+        self,
+        job: str,
+        config: RunConfig,
+        total_steps: int,
+        *,
+        modules: Mapping[str, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        controllers: Mapping[str, Any] | None = None,
+    ):
+        self.job, self.config, self.total_steps = job, config, total_steps
+        self.folder = Path(config.output)
+        self._modules, self._optimizer, self._controllers = modules, optimizer, controllers or {}
+        self._stop_signal: int | None = None
+        self._bad_steps = 0
+        self.last_step = 0
+
+    def __enter__(self) -> Run:
+        self._started = time.monotonic()
+        self.last_step = self._resume() if self.config.resume else 0
+        if self.last_step == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._write_about()
+        self._writer = MetricWriter(self.folder, tensorboard=self.config.tensorboard, resume_at=self.last_step)
+        self._bar = tqdm(
+            total=self.total_steps,
+            initial=self.last_step,
+            desc=self.job,
+            unit="step",
+            disable=not self.config.progress,
+            dynamic_ncols=True,
+            mininterval=0.2 if sys.stderr.isatty() else 20,  # a log file gets a line now and then, not every step
+        )
+        self._old_handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old_handlers[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        self._bar.close()
+        self._writer.close()
+
+    def steps(self) -> Iterator[int]:
+        """Step numbers from where the run stands to the end; between two of them, checkpoints and interruptions."""
+        while self.last_step < self.total_steps:
+            yield self.last_step + 1
+            self.last_step += 1
+            self._bar.update()
+            due = self.config.save_every and self.last_step % self.config.save_every == 0
+            if self._stop_signal is not None:
+                self._interrupt(self._save_checkpoint())
+            if due:
+                self._save_checkpoint()
+
+    def evaluate_now(self, step: int) -> bool:
+        every = self.config.eval_every
+        return step == self.total_steps or (every > 0 and step % every == 0)
+
+    def log(self, step: int, metrics: dict[str, Any], *, show: tuple[str, ...] = ()) -> None:
+        """Write the metrics of a step and show the few that matter. Counts steps whose gradient is not finite."""
+        metrics = {**metrics, "seconds": round(time.monotonic() - self._started, 3)}
+        self._writer.write(step, metrics)
+        if show:
+            self._bar.set_postfix({name: f"{metrics[name]:.4g}" for name in show if name in metrics}, refresh=False)
+        if "grad_norm" in metrics:
+            self._bad_steps = 0 if math.isfinite(metrics["grad_norm"]) else self._bad_steps + 1
+            if self._bad_steps == _MAX_BAD_STEPS:
+                raise NonFiniteError(
+                    f"{self.job}: the gradient was not finite in the last {_MAX_BAD_STEPS} steps (to step {step}); no "
+                    f"weight was changed by them. See {self._writer.path}; a lower optim.lr is the usual cure."
+                )
+
+    def say(self, text: str) -> None:
+        """Print a line without breaking the bar."""
+        if self.config.progress:
+            self._bar.write(text, file=sys.stderr)
+
+    def save(self, write: Callable[[Path], None], summary: Mapping[str, float] | None = None) -> None:
+        """Write the trained model into the run's folder, all of it or nothing, and say the last word."""
+        temporary = self.folder / ".saving"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        write(temporary)
+        for path in temporary.iterdir():
+            target = self.folder / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            path.replace(target)
+        temporary.rmdir()
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in (summary or {}).items())
+        seconds = time.monotonic() - self._started
+        self._bar.close()
+        if self.config.progress:
+            print(
+                f"{self.job}: {self.total_steps} steps in {seconds:.0f} s{'; ' + numbers if numbers else ''}\n"
+                f"{self.job}: the model is in {self.folder}",
+                file=sys.stderr,
+            )
+
+    # ------------------------------------------------------------------------------------------------------- inside
+
+    def _resume(self) -> int:
+        checkpoint = newest_checkpoint(self.folder / "checkpoints")
+        if checkpoint is None:
+            return 0
+        before = yaml.safe_load((self.folder / SETTINGS).read_text())
+        for name, value in to_dict(self.config).items():
+            if name not in _FREE_TO_CHANGE and before.get(name) != value:
+                raise ConfigError(
+                    f"{name}={value!r}: the run in {self.folder} was started with {before.get(name)!r}; a resumed run "
+                    "goes on as it began"
+                )
+        state = load_checkpoint(checkpoint, modules=self._modules, optimizer=self._optimizer)
+        for name, controller in self._controllers.items():
+            controller.load_state_dict(state["controllers"][name])
+        return state["step"]
+
+    def _save_checkpoint(self) -> Path:
+        return save_checkpoint(
+            self.folder / "checkpoints",
+            self.last_step,
+            modules=self._modules,
+            optimizer=self._optimizer,
+            state={"controllers": {name: item.state_dict() for name, item in self._controllers.items()}},
+            keep=self.config.keep_checkpoints,
+        )
+
+    def _write_about(self) -> None:
+        (self.folder / SETTINGS).write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False))
+        about = {
+            "job": self.job,
+            "seed": self.config.seed,
+            "total_steps": self.total_steps,
+            "versions": versions(),
+            "threads": torch.get_num_threads(),
+        }
+        (self.folder / ABOUT).write_text(json.dumps(about, indent=2))
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self._stop_signal is not None:  # asked twice: stop now
+            raise KeyboardInterrupt
+        self._stop_signal = number
+        self.say(f"{self.job}: finishing this step, then stopping (again to stop at once)")
+
+    def _interrupt(self, checkpoint: Path) -> None:
+        raise Interrupted(
+            f"{self.job}: stopped after step {self.last_step} of {self.total_steps}. Kept {checkpoint}; "
+            "the same command with --resume goes on from there."
+        )
+
+
+def claim_folder(config: RunConfig) -> None:
+    """Make sure, before any work is done, that the output folder may be written.
+
+    Raises ConfigError where it holds something and neither resume nor overwrite says what to do with it.
+    """
+    folder = Path(config.output)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output={config.output!r}: a file is in the way")
+    if not folder.exists() or not any(folder.iterdir()) or config.resume:
+        return
+    if not config.overwrite:
+        raise ConfigError(
+            f"output={config.output!r}: the folder is not empty. --resume continues its run, --overwrite starts anew"
+        )
+    inputs = [value["path"] for value in to_dict(config).values() if isinstance(value, dict) and value.get("path")]
+    for path in inputs:
+        if Path(path).exists() and folder.resolve() in [Path(path).resolve(), *Path(path).resolve().parents]:
+            raise ConfigError(f"output={config.output!r}: overwriting it would delete the input {path}")
+    if not (folder / ABOUT).exists():
+        raise ConfigError(
+            f"output={config.output!r}: no earlier run's folder (it has no {ABOUT}), so it is not deleted"
+        )
+    shutil.rmtree(folder)
