@@ -83,7 +83,7 @@ def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
     reward.train(
         reward.RewardConfig(
             model=model("sft"), data=str(pairs), eval_data=str(held_out_pairs), output=model("reward"),
-            batch_size=64, epochs=4, optim=OptimConfig(lr=2e-3, warmup_ratio=0.05), **common,
+            batch_size=64, epochs=3, eval_every=50, optim=OptimConfig(lr=2e-3, warmup_ratio=0.05), **common,
         )
     )  # fmt: skip
     say("5/6  PPO against the reward model")
@@ -98,7 +98,7 @@ def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
     dpo.train(
         dpo.DPOConfig(
             model=model("sft"), data=str(pairs), eval_data=str(held_out_pairs), output=model("dpo"),
-            batch_size=64, epochs=4 * scale, beta=0.3, optim=OptimConfig(lr=1e-3, warmup_ratio=0.1), **common,
+            batch_size=64, epochs=4 * scale, eval_every=50, beta=0.3, optim=OptimConfig(lr=1e-3, warmup_ratio=0.1), **common,
         )
     )  # fmt: skip
 
@@ -113,7 +113,7 @@ def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
             "PPO: score": (folder / "ppo", ["score"]),
             "PPO: KL to the reference": (folder / "ppo", ["kl"]),
             "PPO: entropy": (folder / "ppo", ["entropy"]),
-            "DPO: accuracy and margin": (folder / "dpo", ["accuracy", "margin"]),
+            "DPO: accuracy": (folder / "dpo", ["accuracy", "eval_accuracy"]),
         },
         folder / "curves.png",
     )
@@ -131,12 +131,12 @@ def write_corpus(folder: Path, seed: int) -> dict[str, Path]:
     """Lines, couplets, and prompts of Lumo as JSONL."""
     rng = random.Random(seed)
     folder.mkdir()
-    couplets = [write_couplet(rng, rhyming=1 / 3) for _ in range(22_400)]
+    couplets = [write_couplet(rng, rhyming=1 / 3) for _ in range(32_400)]
     rows = {
         "text": [{"text": f"{first} {STOP}"} for first, _ in couplets[:4000]],
         "couplets": [{"prompt": first, "completion": second} for first, second in couplets[:12_000]],
-        "prompts": [{"prompt": first} for first, _ in couplets[12_000:22_000]],
-        "held_out": [{"prompt": first, "completion": second} for first, second in couplets[22_000:]],
+        "prompts": [{"prompt": first} for first, _ in couplets[12_000:32_000]],
+        "held_out": [{"prompt": first, "completion": second} for first, second in couplets[32_000:]],
     }
     for name, part in rows.items():
         write_rows(folder / f"{name}.jsonl", part)
