@@ -92,6 +92,8 @@ class PackedBatch:
         tensors of a larger batch must line up. Raises ValueError for an empty batch, prompt or completion: the first
         token of a completion is predicted from the last token of its prompt (give at least the BOS token).
         """
+        if share not in (True, False, "auto"):
+            raise ValueError(f"share={share!r}: expected True, False or 'auto'")
         stream, positions, spans = [], [], []
         runs: list[tuple[int, int]] = []
         branches: list[tuple[int, int, int, int]] = []

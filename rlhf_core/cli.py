@@ -1,7 +1,7 @@
 """`rlhf JOB --config FILE --field value`: every job's settings, from a YAML file and then from the command line.
 
 The options are the fields of the job's config, and the help is the sentence under each field. Nothing heavy is imported
-before a job is known.
+before a job is known. With RLHF_TRACEBACK=1 in the environment an error is raised, not only said.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import functools
 import importlib
 import inspect
 import logging
+import os
 import sys
 import textwrap
 import typing
+from dataclasses import MISSING
 from typing import Any, Literal
 
 from rlhf_core.config import ConfigError, alternatives, did_you_mean, from_dict
@@ -48,21 +50,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     module_name, config_name, function_name, summary = JOBS[name]
-    module = importlib.import_module(module_name)
-    kind = getattr(module, config_name)
     try:
-        config = parse(name, kind, arguments[1:], summary)
+        module = importlib.import_module(module_name)
+        config = parse(name, getattr(module, config_name), arguments[1:], summary)
         getattr(module, function_name)(config)
     except ConfigError as error:
         print(f"rlhf {name}: {error}\n(rlhf {name} --help lists every setting)", file=sys.stderr)
         return 2
-    except (ValueError, OSError) as error:  # bad data, missing files, wrong shapes of things: said, not traced
-        if logging.getLogger().isEnabledFor(logging.DEBUG):
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:  # bad data, missing files: said, not traced
+        if os.environ.get("RLHF_TRACEBACK"):
             raise
         print(f"rlhf {name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
-        print(stop or f"rlhf {name}: stopped; the step in progress was not kept", file=sys.stderr)
+        print(str(stop) or f"rlhf {name}: stopped; the step in progress was not kept", file=sys.stderr)
         return 130
     return 0
 
@@ -83,13 +84,15 @@ def overview() -> str:
 def parse(job: str, kind: type, arguments: list[str], summary: str) -> Any:
     """The job's config from its defaults, then the --config files, then the options."""
     parser = build_parser(job, kind, summary)
-    options, unknown = parser.parse_known_args(arguments)
+    options, unknown = parser.parse_known_args([_with_hyphens(word) for word in arguments])
     if unknown:
-        known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
-        word = unknown[0]
+        word = unknown[0].split("=")[0]
         if not word.startswith("--"):
             raise ConfigError(f"{word!r}: expected an option that starts with --")
-        raise ConfigError(f"no setting named {word}{did_you_mean(word.lstrip('-').split('=')[0], known)}")
+        known = [option for action in parser._actions for option in action.option_strings]
+        inside = [option for option in known if option.endswith(f".{word.lstrip('-')}")]  # --lr for --optim.lr
+        hint = f"; did you mean {inside[0]}?" if inside else did_you_mean(word, known)
+        raise ConfigError(f"{word}: no setting of that name{hint}")
     values: dict[str, Any] = {}
     for file in options.__dict__.pop("config") or []:
         merge(values, read_yaml(file))
@@ -97,6 +100,12 @@ def parse(job: str, kind: type, arguments: list[str], summary: str) -> Any:
         *groups, name = path.split(".")
         merge(values, functools.reduce(lambda inner, group: {group: inner}, reversed(groups), {name: value}))
     return from_dict(kind, values)
+
+
+def _with_hyphens(word: str) -> str:
+    """--batch_size=4 -> --batch-size=4: underscores work as well."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else word
 
 
 def read_yaml(file: str) -> dict[str, Any]:
@@ -144,10 +153,10 @@ def build_parser(job: str, kind: type, summary: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_fields(parser: argparse.ArgumentParser, group: Any, kind: type, prefix: str, default: Any = None) -> None:
+def _add_fields(parser: argparse.ArgumentParser, group: Any, kind: type, prefix: str, default: Any = MISSING) -> None:
     """An option for every leaf: `data.skip_bad_rows` is --data.skip-bad-rows, and `data.path` also plain --data.
 
-    `default` is the group's own default object, None where it has none.
+    `default` is the group's own: an object, None for a group that may be left out, MISSING for one that may not.
     """
     hints, sentences = typing.get_type_hints(kind), field_sentences(kind)
     nested = []
@@ -166,18 +175,15 @@ def _add_fields(parser: argparse.ArgumentParser, group: Any, kind: type, prefix:
         else:
             options["metavar"] = _metavar(inner)
         group.add_argument(*names, **options)
-        if f"--{path}" not in names:  # underscores work as well
-            group.add_argument(f"--{path}", **{**options, "help": argparse.SUPPRESS})
     for field, inner in nested:
         title = f"{prefix}{field.name}: {sentences.get(field.name, '').rstrip('.')}"
-        default = None if field.default is dataclasses.MISSING else field.default
-        _add_fields(parser, parser.add_argument_group(title), inner, f"{prefix}{field.name}.", default)
+        _add_fields(parser, parser.add_argument_group(title), inner, f"{prefix}{field.name}.", field.default)
 
 
 def _help(field: dataclasses.Field, sentence: str, group_default: Any) -> str:
-    default = field.default if group_default is None else getattr(group_default, field.name)
-    if default is dataclasses.MISSING:
-        note = "required"
+    default = field.default if group_default in (None, MISSING) else getattr(group_default, field.name)
+    if default is MISSING:
+        note = "default: none" if group_default is None else "required"
     elif isinstance(default, tuple):
         note = f"default: {','.join(map(str, default))}"
     else:

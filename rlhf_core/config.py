@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -23,8 +24,108 @@ def require(condition: bool, field: str, value: object, expected: str) -> None:
         raise ConfigError(f"{field}={value!r}: expected {expected}")
 
 
+# ---------------------------------------------------------------------------------- dictionaries (YAML) and dataclasses
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain values, as YAML and JSON hold them."""
+
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value
+
+    return {
+        field.name: to_dict(value) if dataclasses.is_dataclass(value := getattr(config, field.name)) else plain(value)
+        for field in dataclasses.fields(config)
+    }
+
+
+def from_dict(cls: type, values: dict[str, Any]) -> Any:
+    """Build a config, checking names, types and ranges; ConfigError says which field is wrong and how."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name in values:
+        if name not in fields:
+            raise ConfigError(f"{name}: no setting of that name{did_you_mean(name, fields)}")
+    for name, field in fields.items():
+        if field.default is dataclasses.MISSING and name not in values:
+            raise ConfigError(f"{name} is missing")
+    return cls(**values)
+
+
+def did_you_mean(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def alternatives(kind: Any) -> tuple[Any, ...]:
+    """`int | None` -> (int, NoneType); a plain type -> itself alone."""
+    return (
+        typing.get_args(kind)
+        if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+        else (kind,)
+    )
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    """A value from Python, YAML or the command line as the field's type."""
+    kinds = alternatives(kind)
+    if type(None) in kinds and (value is None or value in ("none", "None", "null")):
+        return None
+    [kind] = [one for one in kinds if one is not type(None)]
+    if dataclasses.is_dataclass(kind):
+        if isinstance(value, kind):
+            return value
+        if isinstance(value, str | Path) and "path" in typing.get_type_hints(kind):
+            value = {"path": value}
+        require(isinstance(value, dict), where, value, "a group of settings")
+        try:
+            return from_dict(kind, value)
+        except ConfigError as error:
+            raise ConfigError(f"{where}.{error}") from None
+    if typing.get_origin(kind) is Literal:
+        require(value in typing.get_args(kind), where, value, "one of " + ", ".join(map(str, typing.get_args(kind))))
+        return value
+    if typing.get_origin(kind) is tuple:
+        items = value.split(",") if isinstance(value, str) else value
+        inner = typing.get_args(kind)
+        require(isinstance(items, list | tuple) and len(items) == len(inner), where, value, f"{len(inner)} numbers")
+        return tuple(_convert(one, item, where) for one, item in zip(inner, items, strict=True))
+    if kind is bool:
+        require(isinstance(value, bool), where, value, "true or false")
+        return value
+    if kind is str:
+        require(isinstance(value, str | int | float | Path) and not isinstance(value, bool), where, value, "a text")
+        return str(value)
+    try:  # numbers; YAML reads 5e-6 as a text
+        number = float("nan" if isinstance(value, bool) else value)
+        if not math.isfinite(number) or (kind is int and not number.is_integer()):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"{where}={value!r}: expected {'a whole' if kind is int else 'a finite'} number") from None
+    if kind is float:
+        return number
+    return int(value) if isinstance(value, int) or str(value).isdecimal() else int(number)  # a float holds 53 bits
+
+
+# --------------------------------------------------------------------------------------------------- what a run is told
+
+
+class Settings:
+    """What every config does when it is made: each field is checked and brought to its type, as YAML's values are.
+
+    A group that has a `path` may be given as that path alone.
+    """
+
+    def __post_init__(self):
+        kinds = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if dataclasses.is_dataclass(field.default) and isinstance(value, dict):  # a job's own defaults stay
+                value = to_dict(field.default) | value
+            object.__setattr__(self, field.name, _convert(kinds[field.name], value, field.name))
+
+
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """Which model, and how it is held."""
 
     path: str
@@ -40,6 +141,10 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        require(bool(self.path), "path", self.path, "a folder or a hub name")
+
     def options(self) -> dict[str, Any]:
         """Keywords for `load_policy` and its kin."""
         return dict(
@@ -51,7 +156,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Settings):
     """Where the rows come from, and how they become tokens."""
 
     path: str
@@ -70,13 +175,15 @@ class DataConfig:
     """A Jinja file, or `plain`, for rows of messages where the tokenizer has no template."""
 
     def __post_init__(self):
-        require(self.skip_bad_rows >= 0, "data.skip_bad_rows", self.skip_bad_rows, "0 or more")
-        require(self.limit is None or self.limit > 0, "data.limit", self.limit, "more than 0")
-        require(self.max_length is None or self.max_length > 1, "data.max_length", self.max_length, "2 or more")
+        super().__post_init__()
+        require(bool(self.path), "path", self.path, "a file, a folder or a hub name")
+        require(self.skip_bad_rows >= 0, "skip_bad_rows", self.skip_bad_rows, "0 or more")
+        require(self.limit is None or self.limit > 0, "limit", self.limit, "more than 0")
+        require(self.max_length is None or self.max_length > 1, "max_length", self.max_length, "2 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(Settings):
     """AdamW, its learning-rate schedule and the gradient clip."""
 
     lr: float = 1e-5
@@ -95,20 +202,18 @@ class OptimConfig:
     """Gradients are scaled down to this norm; None leaves them."""
 
     def __post_init__(self):
-        require(self.lr > 0, "optim.lr", self.lr, "more than 0")
-        require(0 <= self.warmup_ratio < 1, "optim.warmup_ratio", self.warmup_ratio, "0 <= warmup_ratio < 1")
-        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
-        require(self.eps > 0, "optim.eps", self.eps, "more than 0")
-        require(
-            self.max_grad_norm is None or self.max_grad_norm > 0,
-            "optim.max_grad_norm",
-            self.max_grad_norm,
-            "more than 0",
-        )
+        super().__post_init__()
+        require(self.lr > 0, "lr", self.lr, "more than 0")
+        require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "0 <= warmup_ratio < 1")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        require(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "0 <= beta < 1")
+        require(self.eps > 0, "eps", self.eps, "more than 0")
+        norm = self.max_grad_norm
+        require(norm is None or norm > 0, "max_grad_norm", norm, "more than 0, or none")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
+class SamplingConfig(Settings):
     """How completions are sampled: from the whole distribution, no top-k and no top-p."""
 
     max_new_tokens: int = 64
@@ -119,13 +224,14 @@ class SamplingConfig:
     """Completions decoded together."""
 
     def __post_init__(self):
-        require(self.max_new_tokens > 0, "sampling.max_new_tokens", self.max_new_tokens, "more than 0")
-        require(self.temperature >= 0, "sampling.temperature", self.temperature, "0 or more")
-        require(self.batch_size > 0, "sampling.batch_size", self.batch_size, "more than 0")
+        super().__post_init__()
+        require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "more than 0")
+        require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
+        require(self.batch_size > 0, "batch_size", self.batch_size, "more than 0")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Settings):
     """What every training run has."""
 
     model: ModelConfig
@@ -164,11 +270,7 @@ class RunConfig:
     """Show the progress bar."""
 
     def __post_init__(self):
-        for field in ("model", "data", "eval_data", "reward_model"):  # a bare string is a path
-            if isinstance(getattr(self, field, None), str | Path):
-                kind = DataConfig if "data" in field else ModelConfig
-                object.__setattr__(self, field, kind(path=str(getattr(self, field))))
-        object.__setattr__(self, "output", str(self.output))
+        super().__post_init__()
         require(bool(self.output), "output", self.output, "a folder")
         for field in ("batch_size", "epochs", "keep_checkpoints"):
             require(getattr(self, field) > 0, field, getattr(self, field), "more than 0")
@@ -177,95 +279,10 @@ class RunConfig:
             require(value is None or value > 0, field, value, "more than 0")
         for field in ("save_every", "eval_every"):
             require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "0 <= seed < 2^63")
         require(
             not (self.resume and self.overwrite),
             "overwrite",
             True,
             "False with resume: one keeps what the other deletes",
         )
-
-
-# ---------------------------------------------------------------------------------- dictionaries (YAML) and dataclasses
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain values, as YAML and JSON hold them."""
-
-    def plain(value: Any) -> Any:
-        return list(value) if isinstance(value, tuple) else value
-
-    return {
-        field.name: to_dict(value) if dataclasses.is_dataclass(value := getattr(config, field.name)) else plain(value)
-        for field in dataclasses.fields(config)
-    }
-
-
-def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
-    """Build a config, checking names and types; ConfigError says which field is wrong and how.
-
-    A group that has a `path` may be written as that path alone: `data: pairs.jsonl`.
-    """
-    kinds = typing.get_type_hints(cls)
-    unknown = [name for name in values if name not in kinds]
-    if unknown:
-        raise ConfigError(f"no setting named {where}{unknown[0]}{did_you_mean(unknown[0], kinds)}")
-    arguments = {}
-    for field in dataclasses.fields(cls):
-        if field.name in values:
-            value = values[field.name]
-            if dataclasses.is_dataclass(field.default) and isinstance(value, dict):  # a job's own defaults stay
-                value = to_dict(field.default) | value
-            arguments[field.name] = _convert(kinds[field.name], value, where + field.name)
-        elif field.default is dataclasses.MISSING:
-            raise ConfigError(f"{where}{field.name} is missing")
-    return cls(**arguments)
-
-
-def did_you_mean(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def alternatives(kind: Any) -> tuple[Any, ...]:
-    """`int | None` -> (int, NoneType); a plain type -> itself alone."""
-    return (
-        typing.get_args(kind)
-        if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
-        else (kind,)
-    )
-
-
-def _convert(kind: Any, value: Any, where: str) -> Any:
-    """A YAML or command-line value as the field's type."""
-    kinds = alternatives(kind)
-    if type(None) in kinds and (value is None or value in ("none", "None", "null")):
-        return None
-    [kind] = [one for one in kinds if one is not type(None)]
-    if dataclasses.is_dataclass(kind):
-        if isinstance(value, str) and "path" in typing.get_type_hints(kind):
-            value = {"path": value}
-        if not isinstance(value, dict):
-            raise ConfigError(f"{where}={value!r}: expected a group of settings")
-        return from_dict(kind, value, where + ".")
-    if typing.get_origin(kind) is Literal:
-        require(value in typing.get_args(kind), where, value, "one of " + ", ".join(map(str, typing.get_args(kind))))
-        return value
-    if typing.get_origin(kind) is tuple:
-        items = value.split(",") if isinstance(value, str) else value
-        inner = typing.get_args(kind)
-        require(isinstance(items, list | tuple) and len(items) == len(inner), where, value, f"{len(inner)} numbers")
-        return tuple(_convert(one, item, where) for one, item in zip(inner, items, strict=True))
-    if kind is bool:
-        require(isinstance(value, bool), where, value, "true or false")
-        return value
-    if kind is str:
-        require(isinstance(value, str | int | float) and not isinstance(value, bool), where, value, "a text")
-        return str(value)
-    try:  # numbers; YAML reads 5e-6 as a text
-        if isinstance(value, bool):
-            raise ValueError
-        if kind is int and not float(value).is_integer():
-            raise ValueError
-        return kind(float(value)) if kind is int else kind(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{where}={value!r}: expected {'a whole number' if kind is int else 'a number'}") from None

@@ -15,7 +15,7 @@ def shared_folder() -> Path:
     return (Path(os.environ.get("RLHF_SHARED", ROOT.parent / "shared")) / "real").resolve()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real models and data. Without it a test is skipped on a laptop and fails in CI."""
     folder = shared_folder()
@@ -26,7 +26,7 @@ def shared() -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def stories(shared: Path) -> Path:
     """A trained Llama of 260,032 parameters that tells stories."""
     return shared / "models" / "stories260K"

@@ -21,11 +21,18 @@ from rlhf_core.seeding import generator
 logger = logging.getLogger("rlhf_core.data")
 
 
-def load_examples(data: DataConfig, tokenizer: Any, *, need: str, model: Any = None) -> list[Example]:
+def load_examples(data: DataConfig, tokenizer: Any, *, need: str, model: Any = None, reserve: int = 0) -> list[Example]:
     """Read, recognise and tokenise the rows of `data` for a job that needs `need` (see `read_records`).
 
-    Rows longer than `data.max_length`, or else than the model's context, lose the left of their prompt.
+    Rows longer than `data.max_length`, or else than the model's context, lose the left of their prompt; `reserve`
+    tokens of it are kept free for a completion that is still to be sampled.
     """
+    max_length = data.max_length or getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if max_length is not None and reserve and max_length - reserve < 2:
+        raise ConfigError(
+            f"sampling.max_new_tokens={reserve}: expected at most {max_length - 2}, because prompt and completion "
+            f"together have {max_length} tokens (data.max_length, or the model's own)"
+        )
     records = read_records(
         data.path,
         need=need,
@@ -38,7 +45,7 @@ def load_examples(data: DataConfig, tokenizer: Any, *, need: str, model: Any = N
         records,
         tokenizer,
         stop_ids=stop_ids(tokenizer, getattr(model, "generation_config", None)),
-        max_length=data.max_length or getattr(getattr(model, "config", None), "max_position_embeddings", None),
+        max_length=max_length and max_length - reserve,
         chat_template=load_chat_template(data.chat_template) if data.chat_template else None,
     )
 

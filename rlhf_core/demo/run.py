@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_core.config import ConfigError, DataConfig, ModelConfig, OptimConfig, SamplingConfig
+from rlhf_core.config import ConfigError, DataConfig, ModelConfig, OptimConfig, SamplingConfig, Settings
 from rlhf_core.data.loader import load_examples
 from rlhf_core.data.tokenize import stop_ids
 from rlhf_core.demo.language import STOP, build_model, true_reward, write_couplet
@@ -32,7 +32,7 @@ MARKER = "demo.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoConfig:
+class DemoConfig(Settings):
     """Pretrain, fine-tune, learn a reward, then PPO and DPO, on couplets of an invented language. Takes minutes."""
 
     output: str = "runs/demo"
@@ -98,7 +98,8 @@ def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
     dpo.train(
         dpo.DPOConfig(
             model=model("sft"), data=str(pairs), eval_data=str(held_out_pairs), output=model("dpo"),
-            batch_size=64, epochs=4 * scale, eval_every=50, beta=0.3, optim=OptimConfig(lr=1e-3, warmup_ratio=0.1), **common,
+            batch_size=64, epochs=4 * scale, eval_every=50, beta=0.3,
+            optim=OptimConfig(lr=1e-3, warmup_ratio=0.1), **common,
         )
     )  # fmt: skip
 

@@ -84,7 +84,7 @@ def preference_loss(
     Raises ValueError for an unknown name, a missing reference or a parameter out of range.
     """
     entry = _lookup(name)
-    if beta <= 0:
+    if not beta > 0:
         raise ValueError(f"beta={beta}: expected more than 0")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing={label_smoothing}: expected 0 <= label_smoothing < 0.5")

@@ -21,6 +21,10 @@ def bradley_terry_loss(
         the loss, a scalar, and stats: `accuracy` (a tie counts half), `margin` (mean score difference), `chosen_score`,
         `rejected_score`.
     """
+    if not center_coef >= 0:
+        raise ValueError(f"center_coef={center_coef}: expected 0 or more")
+    if not isinstance(margin, Tensor) and not margin >= 0:
+        raise ValueError(f"margin={margin}: expected 0 or more")
     difference = chosen_scores - rejected_scores
     loss = -F.logsigmoid(difference - margin)
     if center_coef:

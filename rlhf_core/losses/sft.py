@@ -8,7 +8,7 @@ from rlhf_core.ops.masked import masked_sum
 
 
 def sft_loss(
-    logprobs: Tensor, mask: Tensor, *, reduction: str = "token", normalizer: float | None = None
+    logprobs: Tensor, mask: Tensor, *, reduction: str = "token", normalizer: float | Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Negative log-likelihood of completion tokens, in nats.
 

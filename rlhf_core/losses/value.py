@@ -15,7 +15,7 @@ def value_loss(
     returns: Tensor,
     mask: Tensor,
     value_clip: float | None = 0.2,
-    normalizer: float | None = None,
+    normalizer: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Half the squared error to the returns, the worse of clipped and unclipped, the mean over completion tokens.
 
@@ -30,12 +30,14 @@ def value_loss(
     Returns:
         the loss, a scalar, and stats: `value_clip_fraction` and `value_mean`.
     """
+    new_values, returns = torch.where(mask, new_values, 0.0), torch.where(mask, returns, 0.0)
     error = (new_values - returns).square()
     clipped = torch.zeros_like(error)
     if value_clip is not None:
-        if value_clip <= 0:
+        if not value_clip > 0:
             raise ValueError(f"value_clip={value_clip}: expected more than 0, or None for no clipping")
-        clipped = (values + (new_values - values).clamp(-value_clip, value_clip) - returns).square()
+        values = torch.where(mask, values, 0.0)
+        clipped = (new_values.clamp(values - value_clip, values + value_clip) - returns).square()
     loss = 0.5 * masked_sum(torch.maximum(error, clipped), mask)
     loss = loss / (mask.sum().clamp(min=1) if normalizer is None else normalizer)
     with torch.no_grad():

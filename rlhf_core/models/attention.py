@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,8 @@ def packed_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
+    if (windows := _walking.get()) is not None:
+        windows.add(sliding_window)
     unknown = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
     if unknown or not kwargs.get("is_causal", True):
         raise NotImplementedError(f"packed attention does not honour {', '.join(unknown) or 'is_causal=False'}")
@@ -81,21 +84,28 @@ def _group_mask(prefix: int, length: int, window: int | None, device: torch.devi
     return mask if window is None else mask.triu(prefix - window + 1)
 
 
-_walking = contextvars.ContextVar("rlhf_core_packed_forward", default=False)
+_walking: contextvars.ContextVar[set[int | None] | None]
+_walking = contextvars.ContextVar("rlhf_core_packed_forward", default=None)
 
 
 @contextlib.contextmanager
-def packed_forward():
-    """Around a packed forward: transformers must build no mask, or it would make an N x N one from the positions."""
-    token = _walking.set(True)
+def packed_forward() -> Iterator[set[int | None]]:
+    """Around a packed forward: transformers must build no mask, or it would make an N x N one from the positions.
+
+    Yields the sliding windows that attention calls are handed meanwhile; an empty set afterwards means that no call
+    came here.
+    """
+    outer = _walking.get()
+    windows = set() if outer is None else outer
+    token = _walking.set(windows)
     try:
-        yield
+        yield windows
     finally:
         _walking.reset(token)
 
 
 def packed_mask(*args, **kwargs) -> Tensor | None:
-    return None if _walking.get() else sdpa_mask(*args, **kwargs)
+    return sdpa_mask(*args, **kwargs) if _walking.get() is None else None
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -44,10 +45,10 @@ def load_policy(
 
     Dropout is off, as in DPO and PPO papers: a ratio of two forwards means nothing if each drops other units.
     """
-    options = _hub_options(path, revision, trust_remote_code)
+    path, options = _locate(path), _hub_options(path, revision, trust_remote_code)
     model = _load(AutoModelForCausalLM, path, dtype, options)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        _checkpoint_activations(model)
     tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code)
     check_vocabulary(tokenizer, model, path)
     return model.to(device or default_device()).train(), tokenizer
@@ -64,7 +65,7 @@ def load_reward_model(
     """A sequence classifier with one label: an existing one as it is, or a policy's trunk with a new score head.
 
     A new head is drawn from N(0, 1 / (hidden size + 1)) (Stiennon et al. 2020, arXiv:2009.01325). The config gets a pad
-    token that no sequence ends with, because plain transformers finds the last token of a padded row by that id.
+    token that ends no completion, because plain transformers finds the last token of a padded row by that id.
     Options as for `load_policy`.
 
     Raises ValueError for a classifier with another number of labels.
@@ -92,7 +93,7 @@ def load_value_model(path: str | Path, **options: Any) -> PreTrainedModel:
 def load_tokenizer(
     path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(path, **_hub_options(path, revision, trust_remote_code))
+    return AutoTokenizer.from_pretrained(_locate(path), **_hub_options(path, revision, trust_remote_code))
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -125,10 +126,16 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel,
 # ------------------------------------------------------------------------------------------------------------- inside
 
 
-def _hub_options(path: str | Path, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
-    looks_local = isinstance(path, Path) or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
-    if looks_local and not Path(path).expanduser().is_dir():
+def _locate(path: str | Path) -> str:
+    """A local folder, `~` written out, or a hub name. What looks like a folder is never asked for over the net."""
+    name = str(Path(path).expanduser()) if isinstance(path, Path) or str(path).startswith("~") else str(path)
+    looks_local = isinstance(path, Path) or name.startswith((".", "/")) or name.count("/") > 1
+    if looks_local and not Path(name).is_dir():
         raise FileNotFoundError(f"no model folder at {path}")
+    return name
+
+
+def _hub_options(path: str | Path, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
     if trust_remote_code:
         logger.warning("running code that comes with %s (trust_remote_code)", path)
     return dict(revision=revision, trust_remote_code=trust_remote_code)
@@ -155,6 +162,11 @@ def _load(auto_class: type, path: str | Path, dtype: str, options: dict[str, Any
     return model
 
 
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    """By its name in transformers 5.23, or by the one it had before, which is deprecated there."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+
+
 def _load_scorer(
     path: str | Path,
     *,
@@ -165,7 +177,7 @@ def _load_scorer(
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
     """A one-label classifier, its tokenizer, and whether its score head is new and still has to be set."""
-    options = _hub_options(path, revision, trust_remote_code)
+    path, options = _locate(path), _hub_options(path, revision, trust_remote_code)
     config = AutoConfig.from_pretrained(path, **options)
     head_is_new = not any("SequenceClassification" in name for name in config.architectures or [])
     if not head_is_new and config.num_labels != 1:
@@ -177,23 +189,32 @@ def _load_scorer(
         nn.init.zeros_(model.score.bias)
     tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code)
     check_vocabulary(tokenizer, model, path)
-    _use_safe_pad_token(model, tokenizer)
+    _pad_safely(model, tokenizer, _end_ids(path, revision, config, tokenizer))
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        _checkpoint_activations(model)
     return model.to(device or default_device()).train(), tokenizer, head_is_new
 
 
-def _use_safe_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make sure that the config's pad id never ends a sequence, adding a token if there is no such id."""
-    eos = tokenizer.eos_token_id
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == eos:
-        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id != eos:
+def _end_ids(path: str, revision: str | None, *sources: Any) -> set[int]:
+    """Every id that ends a completion by one of the sources or by the folder's generation config, if it has one."""
+    with contextlib.suppress(OSError):
+        sources += (GenerationConfig.from_pretrained(path, revision=revision),)
+    found = [getattr(source, "eos_token_id", None) for source in sources]
+    return {end for ends in found for end in (ends if isinstance(ends, list) else [ends])} - {None}
+
+
+def _pad_safely(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_ids: set[int]) -> None:
+    """Pad on the right, where no position shifts, with an id that ends no completion; a new one if there is none."""
+    unsafe = {None, *end_ids}
+    if tokenizer.pad_token_id in unsafe:
+        if tokenizer.unk_token_id not in unsafe:
             tokenizer.pad_token = tokenizer.unk_token
         else:
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
             if len(tokenizer) > model.get_input_embeddings().num_embeddings:
                 model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    model.config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.padding_side = "right"
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
 @contextlib.contextmanager

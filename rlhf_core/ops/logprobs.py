@@ -21,10 +21,12 @@ def logits_logprobs(
     Returns:
         (M,) log-probs in float32 (float64 for float64 logits), and (M,) entropies in nats without gradient, or None.
     """
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: expected more than 0")
     logits = logits if logits.dtype == torch.float64 else logits.float()
     logprobs = torch.log_softmax(logits / temperature, dim=-1)
     chosen = logprobs.gather(-1, targets[:, None]).squeeze(-1)
     if not entropy:
         return chosen, None
     with torch.no_grad():
-        return chosen, -(logprobs.exp() * logprobs).sum(-1)
+        return chosen, torch.special.entr(logprobs.exp()).sum(-1)  # entr(0) = 0, where a logit is -inf

@@ -20,7 +20,8 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
 def masked_var(values: Tensor, mask: Tensor, *, unbiased: bool = False) -> Tensor:
     """Variance over True places; `unbiased` divides by n - 1. 0 where fewer than two take part."""
-    centred = values - masked_mean(values, mask)
+    # Masked before it is squared: the gradient of a square is 0 * NaN at a masked NaN.
+    centred = torch.where(mask, values, 0.0) - masked_mean(values, mask)
     count = mask.sum() - int(unbiased)
     return masked_sum(centred.square(), mask) / count.clamp(min=1)
 
@@ -30,7 +31,7 @@ def masked_whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True, eps:
 
     `shift_mean=False` keeps the mean as it was before scaling, so only the spread changes.
     """
-    mean = masked_mean(values, mask)
+    values, mean = torch.where(mask, values, 0.0), masked_mean(values, mask)
     whitened = (values - mean) * torch.rsqrt(masked_var(values, mask) + eps)
     if not shift_mean:
         whitened = whitened + mean

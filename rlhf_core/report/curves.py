@@ -33,7 +33,9 @@ def plot_curves(panels: Mapping[str, tuple[Path, list[str]]], file: Path, *, col
         curves = read_metrics(run)
         for name in names:
             points = curves.get(name, [])
-            axis.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 30 else None, markersize=3) if points else None
+            axis.plot(
+                *zip(*points, strict=True), label=name, marker="o" if len(points) < 30 else None, markersize=3
+            ) if points else None
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)

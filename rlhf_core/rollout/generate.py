@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_core.config import DataConfig, ModelConfig, SamplingConfig, require
+from rlhf_core.config import DataConfig, ModelConfig, SamplingConfig, Settings, require
 from rlhf_core.data.formats import Record
 from rlhf_core.data.loader import load_examples
 from rlhf_core.data.tokenize import encode_records, stop_ids
@@ -17,7 +17,7 @@ from rlhf_core.seeding import generator
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
+class GenerateConfig(Settings):
     """Complete one prompt or a file of them. Without a file to write to, completions are printed."""
 
     model: ModelConfig
@@ -36,6 +36,7 @@ class GenerateConfig:
     """cpu, cuda, cuda:1, ...; a GPU if there is one."""
 
     def __post_init__(self):
+        super().__post_init__()
         require(
             (self.prompt is None) != (self.data is None), "prompt, data", (self.prompt, self.data), "one of the two"
         )
@@ -47,7 +48,9 @@ def generate(config: GenerateConfig) -> list[dict[str, str]]:
     freeze(policy)
     stops = stop_ids(tokenizer, policy.generation_config)
     if config.data is not None:
-        examples = load_examples(config.data, tokenizer, need="prompts", model=policy)
+        examples = load_examples(
+            config.data, tokenizer, need="prompts", model=policy, reserve=config.sampling.max_new_tokens
+        )
     else:
         typed = Record(prompt=config.prompt, completions=(), row={"prompt": config.prompt}, source="--prompt")
         examples = encode_records([typed], tokenizer, stop_ids=stops)
@@ -68,6 +71,7 @@ def generate(config: GenerateConfig) -> list[dict[str, str]]:
             print(f"{row['prompt']}\n  -> {row['completion']}\n")
     else:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.output).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        Path(config.output).write_text(lines, encoding="utf-8")
         print(f"generate: {len(rows)} completions in {config.output}", file=sys.stderr)
     return rows

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,21 @@ def model_reward(
     *,
     batch_size: int = 64,
     layout: Layout = "auto",
+    end_unfinished: bool = False,
 ) -> Reward:
-    """Scores of a reward model. Token ids are passed as they are where both share a vocabulary, else the texts."""
+    """Scores of a reward model. Token ids are passed as they are where both share a vocabulary, else the texts.
+
+    With `end_unfinished` a completion that was cut off is scored as if its end token had followed.
+    """
     translate = not same_vocabulary(reward_tokenizer, policy_tokenizer)
 
     @torch.no_grad()
     def score(prompts: list[list[int]], completions: list[list[int]], rows: list[dict[str, Any]]) -> Tensor:
         if translate:
             prompts, completions = _translate(prompts, completions, policy_tokenizer, reward_tokenizer)
+        if end_unfinished:
+            ends, end = {*reward_tokenizer.all_special_ids}, [reward_tokenizer.eos_token_id]
+            completions = [ids if ids[-1] in ends else ids + end for ids in completions]
         scores = []
         with evaluating(reward_model):
             for start in range(0, len(prompts), batch_size):
@@ -48,10 +56,14 @@ def model_reward(
     return score
 
 
-def load_model_reward(source: ModelConfig, policy_tokenizer: Any, *, device: str | None = None) -> Reward:
-    """The frozen reward model of a config, as a reward for completions in the policy's tokens."""
+def load_model_reward(
+    source: ModelConfig, policy_tokenizer: Any, *, device: str | None = None, end_unfinished: bool = False
+) -> Reward:
+    """The frozen reward model of a config, as a reward for completions in the policy's tokens (see `model_reward`)."""
     reward_model, reward_tokenizer = load_reward_model(source.path, device=device, **source.options())
-    return model_reward(freeze(reward_model), reward_tokenizer, policy_tokenizer, layout=source.layout)
+    return model_reward(
+        freeze(reward_model), reward_tokenizer, policy_tokenizer, layout=source.layout, end_unfinished=end_unfinished
+    )
 
 
 def function_reward(function: Callable[..., Sequence[float]], policy_tokenizer: Any) -> Reward:
@@ -61,11 +73,13 @@ def function_reward(function: Callable[..., Sequence[float]], policy_tokenizer: 
     def score(prompts: list[list[int]], completions: list[list[int]], rows: list[dict[str, Any]]) -> Tensor:
         prompt_texts = policy_tokenizer.batch_decode(prompts, skip_special_tokens=True)
         completion_texts = policy_tokenizer.batch_decode(completions, skip_special_tokens=True)
-        scores = list(function(prompt_texts, completion_texts, rows))
-        if len(scores) != len(prompts):
-            raise ValueError(f"reward function {name}: {len(scores)} scores for {len(prompts)} completions")
+        scores = function(prompt_texts, completion_texts, rows)
+        if not isinstance(scores, Iterable) or len(scores := list(scores)) != len(prompts):
+            got = f"{len(scores)} scores" if isinstance(scores, list) else repr(scores)
+            raise ValueError(f"reward function {name}: {got} for {len(prompts)} completions")
         for i, value in enumerate(scores):
-            if not isinstance(value, int | float | Tensor) or not math.isfinite(value):
+            single = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+            if not single or not math.isfinite(value):
                 raise ValueError(
                     f"reward function {name}: sample {i} got {value!r}, expected a finite number; "
                     f"its completion begins {completion_texts[i][:60]!r}"
@@ -95,24 +109,26 @@ def import_function(name: str) -> Callable[..., Any]:
 
 
 def same_vocabulary(tokenizer: Any, other: Any) -> bool:
-    """True where ids mean the same, pad tokens aside: a reward model may have been given one of its own."""
-
-    def words(one: Any) -> dict[str, int]:
-        return {token: i for token, i in one.get_vocab().items() if token != one.pad_token}
-
-    return words(tokenizer) == words(other)
+    """True where ids mean the same, but for a pad token that only one has: reward models are given one of their own."""
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    extra = {tokenizer.pad_token, other.pad_token} - (ours.keys() & theirs.keys())
+    return all(token in extra for token, _ in ours.items() ^ theirs.items())
 
 
 def _translate(
     prompts: list[list[int]], completions: list[list[int]], source: Any, target: Any
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Texts of one tokenizer as ids of another, prompt and completion apart, the end marked where it was reached."""
-    texts = source.batch_decode(prompts, skip_special_tokens=True)
-    new_prompts = [target(text)["input_ids"] or [target.bos_token_id or target.eos_token_id] for text in texts]
-    new_completions = []
-    for completion in completions:
-        text = source.decode(completion, skip_special_tokens=True)
+    start = target.eos_token_id if target.bos_token_id is None else target.bos_token_id
+    special = {token for token, added in source.added_tokens_decoder.items() if added.special}
+    special |= {*source.all_special_ids}
+    new_prompts, new_completions = [], []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        # Decoded together, then cut: many tokenizers drop the space in front of a text that is decoded alone.
+        before, whole = source.batch_decode([prompt, prompt + completion], skip_special_tokens=True)
+        text = whole[len(before) :] if whole.startswith(before) else source.decode(completion, skip_special_tokens=True)
         ids = target(text, add_special_tokens=False)["input_ids"]
-        ended = completion[-1] in source.all_special_ids
-        new_completions.append(ids + [target.eos_token_id] if ended or not ids else ids)
+        ended = completion[-1] in special or not ids
+        new_prompts.append(target(before)["input_ids"] or [start])
+        new_completions.append(ids + [target.eos_token_id] if ended else ids)
     return new_prompts, new_completions

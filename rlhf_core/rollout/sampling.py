@@ -6,7 +6,6 @@ belong to another policy than the one that acted.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from rlhf_core.batch import PackedBatch
-from rlhf_core.models.forward import device_of, find_route
+from rlhf_core.models.forward import device_of, evaluating, find_route
 
 logger = logging.getLogger("rlhf_core.rollout")
 
@@ -56,7 +55,11 @@ def sample(
     """One completion for each prompt, sampled at `temperature` (0: the likeliest token) until a stop token.
 
     Every row has its own stream of random numbers, so samples do not depend on `batch_size`. Runs in evaluation mode.
+    Raises ValueError for an empty prompt and where there are no prompts at all.
     """
+    if not prompts or not all(prompts):
+        empty = next((row for row, prompt in enumerate(prompts) if not prompt), None)
+        raise ValueError("no prompts" if empty is None else f"prompt {empty} is empty; give at least the BOS token")
     uniforms = torch.rand(len(prompts), max_new_tokens, generator=generator, dtype=torch.float64)
     completions: list[list[int]] = []
     logprobs = torch.zeros(len(prompts), max_new_tokens)
@@ -157,19 +160,6 @@ def _recomputed_logits(policy: nn.Module, prompts: Sequence[Sequence[int]]) -> I
         token = yield logits[torch.arange(len(sequences), device=device), lengths - 1]
         for sequence, new in zip(sequences, token.tolist(), strict=True):
             sequence.append(new)
-
-
-@contextlib.contextmanager
-def evaluating(*models: nn.Module):
-    """Evaluation mode inside, whatever it was outside again after."""
-    before = [model.training for model in models]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, training in zip(models, before, strict=True):
-            model.train(training)
 
 
 def sampling_disagreement(generation_config: object) -> str | None:

@@ -49,6 +49,8 @@ class PPOConfig(RunConfig):
     """The reward model; it may have a tokenizer of its own."""
     reward_function: str | None = None
     """module:function, called with lists of prompts, completions and data rows; returns their scores."""
+    end_unfinished: bool = False
+    """Score a completion that was cut off as if its end token had followed, as in all that a reward model has seen."""
     reference: ModelConfig | None = None
     """The model that the policy is held to; the model to start from, if not given."""
     eval_data: DataConfig | None = None
@@ -100,6 +102,7 @@ class PPOConfig(RunConfig):
             require(0 <= getattr(self, field) <= 1, field, getattr(self, field), "between 0 and 1")
         require(self.value_coef >= 0, "value_coef", self.value_coef, "0 or more")
         require(self.kl_coef >= 0, "kl_coef", self.kl_coef, "0 or more")
+        require(self.kl_coef > 0 or self.kl_target is None, "kl_coef", self.kl_coef, "more than 0, to be adapted")
 
 
 def train(config: PPOConfig) -> dict[str, float]:
@@ -111,8 +114,9 @@ def train(config: PPOConfig) -> dict[str, float]:
     reference = load_reference(source.path, device=config.device, **source.options())
     critic = load_critic(config, policy)
     reward = load_reward(config, tokenizer)
-    examples = load_examples(config.data, tokenizer, need="prompts", model=policy)
-    held_out = load_examples(config.eval_data, tokenizer, need="prompts", model=policy) if config.eval_data else []
+    options = dict(need="prompts", model=policy, reserve=config.sampling.max_new_tokens)
+    examples = load_examples(config.data, tokenizer, **options)
+    held_out = load_examples(config.eval_data, tokenizer, **options) if config.eval_data else []
     optimizer = build_optimizer([policy, critic], config.optim)
     if config.kl_target is None:
         kl_control = FixedKL(config.kl_coef)
@@ -162,7 +166,7 @@ def train(config: PPOConfig) -> dict[str, float]:
             advantages = masked_whiten(advantages, mask)
 
             # 4. improve
-            averages = Averages()
+            averages, ratio_max = Averages(), torch.zeros((), device=mask.device)
             for minibatch in shuffled_minibatches(len(rows), config, step):
                 tokens = mask[minibatch].sum()
                 for part in minibatch.split(config.micro_batch_size or len(minibatch)):
@@ -184,6 +188,7 @@ def train(config: PPOConfig) -> dict[str, float]:
                         normalizer=tokens,
                     )
                     (policy_term + config.value_coef * value_term).backward()
+                    ratio_max = torch.maximum(ratio_max, policy_stats.pop("ratio_max"))
                     share = mask[part].sum() / tokens
                     averages.add({"policy_loss": policy_term / share, "value_loss": value_term / share}, share)
                     averages.add(policy_stats | value_stats | {"entropy": masked_mean(new.entropy, mask[part])}, share)
@@ -191,6 +196,7 @@ def train(config: PPOConfig) -> dict[str, float]:
 
             sequence_kl = kl.sum(-1).mean().item()
             metrics = averages.means() | {
+                "ratio_max": ratio_max.item(),
                 "score": scores.mean().item(),
                 "score_std": scores.std(correction=0).item(),
                 "kl": sequence_kl,
@@ -250,7 +256,7 @@ def load_reward(config: PPOConfig, tokenizer: Any) -> Reward:
         return function_reward(import_function(config.reward_function), tokenizer)
     if config.value == "reward" and not same_vocabulary(load_tokenizer(config.reward_model.path), tokenizer):
         raise ConfigError("value='reward': expected a reward model with the policy's own vocabulary")
-    return load_model_reward(config.reward_model, tokenizer, device=config.device)
+    return load_model_reward(config.reward_model, tokenizer, device=config.device, end_unfinished=config.end_unfinished)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Checkpoints: a directory a step, whole or not there at all.
 
-    checkpoints/step-000120/{policy.safetensors, ..., optimizer.safetensors, state.json, manifest.json}
+    checkpoints/step-000120/{policy.safetensors, ..., optimizer.safetensors, config.json, state.json, manifest.json}
 
 Everything is written to a temporary name, each file and the directory flushed to disk, the manifest (sizes, sha256,
 versions) last, and then the directory is renamed. Reading verifies against the manifest, skips what is damaged with the
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
@@ -32,17 +33,24 @@ def save_checkpoint(
     *,
     modules: Mapping[str, nn.Module],
     optimizer: torch.optim.Optimizer,
+    config: dict[str, Any],
     state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write `root/step-NNNNNN` and drop all but the newest `keep` whole checkpoints. Returns the new directory."""
+    """Write `root/step-NNNNNN` and drop all but the last `keep` up to it. Returns the new directory.
+
+    `config` says what the run was started with (its sha256 is in the manifest), `state` what the objects remember.
+    """
     root.mkdir(parents=True, exist_ok=True)
     final, temporary = root / f"step-{step:06d}", root / f"step-{step:06d}.tmp-{os.getpid()}"
+    for abandoned in root.glob("step-*.tmp-*"):  # by a process that was killed while it saved
+        shutil.rmtree(abandoned, ignore_errors=True)
     try:
         temporary.mkdir()
         for name, module in modules.items():
             save_model(module, str(temporary / f"{name}.safetensors"))
         save_file(_flatten(optimizer), temporary / "optimizer.safetensors")
+        (temporary / "config.json").write_text(json.dumps(config, indent=2))
         (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=2))
         files = {path.name: _describe(path) for path in sorted(temporary.iterdir())}
         manifest = {"schema": SCHEMA, "step": step, "versions": versions(), "files": files}
@@ -54,16 +62,19 @@ def save_checkpoint(
             shutil.rmtree(final)
         temporary.rename(final)
         _fsync(root)
+    except SafetensorError as error:  # a full disk, most often
+        raise OSError(f"{final} could not be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in sorted(root.glob("step-??????"))[:-keep]:
+    # Any with a later step are damaged, or this run would have gone on from them; they must not push this one out.
+    for old in [path for number, path in _numbered(root) if number <= step][:-keep]:
         shutil.rmtree(old)
     return final
 
 
 def newest_checkpoint(root: Path) -> Path | None:
     """The newest checkpoint that verifies; each one skipped is reported with the reason."""
-    for path in sorted(root.glob("step-??????"), reverse=True):
+    for _, path in reversed(_numbered(root)):
         fault = find_fault(path)
         if fault is None:
             return path
@@ -75,14 +86,23 @@ def find_fault(path: Path) -> str | None:
     """What is wrong with a checkpoint, None if it is whole."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
+        if manifest["schema"] != SCHEMA:
+            return f"its schema is {manifest['schema']}, expected {SCHEMA}"
+        for name, expected in manifest["files"].items():
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if _describe(path / name) != expected:
+                return f"{name} is not what was written (size or checksum differs)"
     except (OSError, ValueError) as error:
-        return f"its manifest cannot be read ({error})"
-    for name, expected in manifest["files"].items():
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        if _describe(path / name) != expected:
-            return f"{name} is not what was written (size or checksum differs)"
+        return f"it cannot be read ({error})"
+    except (KeyError, TypeError, AttributeError):
+        return "its manifest is not one"
     return None
+
+
+def _numbered(root: Path) -> list[tuple[int, Path]]:
+    """(step, directory) of every checkpoint, whole or not, in order of their steps."""
+    return sorted((int(number), path) for path in root.glob("step-*") if (number := path.name[5:]).isdecimal())
 
 
 def load_checkpoint(

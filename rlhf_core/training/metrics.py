@@ -32,9 +32,11 @@ class MetricWriter:
 
     def __init__(self, folder: Path, *, tensorboard: bool = False, resume_at: int = 0):
         self.path = folder / "metrics.jsonl"
-        if resume_at and self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= resume_at]
-            self.path.write_text("".join(line + "\n" for line in kept))
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= resume_at]
+            shorter = self.path.with_suffix(".tmp")
+            shorter.write_text("".join(line + "\n" for line in kept))
+            shorter.replace(self.path)
         self._file = self.path.open("a")
         self._board = _board(folder / "tensorboard", resume_at) if tensorboard else None
 
@@ -57,9 +59,17 @@ class MetricWriter:
             self._board.close()
 
 
+def _step_of(line: str) -> float:
+    """Infinite for a line that was torn when its process was killed."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+
+
 def _board(folder: Path, resume_at: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError("tensorboard=True needs TensorBoard: pip install 'rlhf-core[tensorboard]'") from error
-    return SummaryWriter(str(folder), purge_step=resume_at + 1 if resume_at else None)
+    return SummaryWriter(str(folder), purge_step=resume_at + 1)

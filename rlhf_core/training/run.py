@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Interrupted(KeyboardInterrupt):
     """Raised when a run stopped on request, after its step was finished and saved."""
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(FloatingPointError):
     """Raised when step after step has a gradient that is not finite."""
 
 
@@ -67,7 +68,7 @@ class Run:
 
     def __enter__(self) -> Run:
         self._started = time.monotonic()
-        self.last_step = self._resume() if self.config.resume else 0
+        self.last_step = self._resume() if self.config.resume else 0  # also moves _started
         if self.last_step == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
         self._write_about()
@@ -119,8 +120,8 @@ class Run:
             self._bad_steps = 0 if math.isfinite(metrics["grad_norm"]) else self._bad_steps + 1
             if self._bad_steps == _MAX_BAD_STEPS:
                 raise NonFiniteError(
-                    f"{self.job}: the gradient was not finite in the last {_MAX_BAD_STEPS} steps (to step {step}); no "
-                    f"weight was changed by them. See {self._writer.path}; a lower optim.lr is the usual cure."
+                    f"{self.job}: a gradient was not finite in each of the last {_MAX_BAD_STEPS} steps (to {step}); "
+                    f"such a gradient changes no weight. See {self._writer.path}; a lower optim.lr is the usual cure."
                 )
 
     def say(self, text: str) -> None:
@@ -156,17 +157,20 @@ class Run:
         checkpoint = newest_checkpoint(self.folder / "checkpoints")
         if checkpoint is None:
             return 0
-        before = yaml.safe_load((self.folder / SETTINGS).read_text())
-        for name, value in to_dict(self.config).items():
-            if name not in _FREE_TO_CHANGE and before.get(name) != value:
-                raise ConfigError(
-                    f"{name}={value!r}: the run in {self.folder} was started with {before.get(name)!r}; a resumed run "
-                    "goes on as it began"
-                )
+        before = json.loads((checkpoint / "config.json").read_text())
+        for name, old, new in _differences(before, self._fixed_settings()):
+            raise ConfigError(
+                f"{name}={new!r}: the run in {self.folder} was started with {old!r}; a resumed run goes on as it began"
+            )
         state = load_checkpoint(checkpoint, modules=self._modules, optimizer=self._optimizer)
         for name, controller in self._controllers.items():
             controller.load_state_dict(state["controllers"][name])
+        self._started -= state["seconds"]
         return state["step"]
+
+    def _fixed_settings(self) -> dict[str, Any]:
+        settings = {name: value for name, value in to_dict(self.config).items() if name not in _FREE_TO_CHANGE}
+        return {"job": self.job, **settings}
 
     def _save_checkpoint(self) -> Path:
         return save_checkpoint(
@@ -174,7 +178,11 @@ class Run:
             self.last_step,
             modules=self._modules,
             optimizer=self._optimizer,
-            state={"controllers": {name: item.state_dict() for name, item in self._controllers.items()}},
+            config=self._fixed_settings(),
+            state={
+                "seconds": time.monotonic() - self._started,
+                "controllers": {name: item.state_dict() for name, item in self._controllers.items()},
+            },
             keep=self.config.keep_checkpoints,
         )
 
@@ -203,25 +211,37 @@ class Run:
 
 
 def claim_folder(config: RunConfig) -> None:
-    """Make sure, before any work is done, that the output folder may be written.
+    """Make sure, before any work is done, that the output folder may be written, and empty it if that was asked for.
 
-    Raises ConfigError where it holds something and neither resume nor overwrite says what to do with it.
+    Raises ConfigError where it holds something and neither resume nor overwrite says what to do with it, and where
+    writing to it would destroy what no run has made or what this one is to read.
     """
+    if config.tensorboard and find_spec("tensorboard") is None:
+        raise ConfigError("tensorboard=True: TensorBoard is missing; pip install 'rlhf-core[tensorboard]'")
     folder = Path(config.output)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output={config.output!r}: a file is in the way")
-    if not folder.exists() or not any(folder.iterdir()) or config.resume:
+    if not folder.exists() or not any(folder.iterdir()):
         return
-    if not config.overwrite:
+    if not (config.resume or config.overwrite):
         raise ConfigError(
             f"output={config.output!r}: the folder is not empty. --resume continues its run, --overwrite starts anew"
         )
     inputs = [value["path"] for value in to_dict(config).values() if isinstance(value, dict) and value.get("path")]
     for path in inputs:
         if Path(path).exists() and folder.resolve() in [Path(path).resolve(), *Path(path).resolve().parents]:
-            raise ConfigError(f"output={config.output!r}: overwriting it would delete the input {path}")
+            raise ConfigError(f"output={config.output!r}: writing to it would destroy the input {path}")
     if not (folder / ABOUT).exists():
-        raise ConfigError(
-            f"output={config.output!r}: no earlier run's folder (it has no {ABOUT}), so it is not deleted"
-        )
-    shutil.rmtree(folder)
+        raise ConfigError(f"output={config.output!r}: no run's folder (it has no {ABOUT}), so nothing in it is touched")
+    if config.overwrite:
+        shutil.rmtree(folder)
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], group: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, value before, value now) of every setting that changed."""
+    for name, value in now.items():
+        old = before.get(name)
+        if isinstance(value, dict) and isinstance(old, dict):
+            yield from _differences(old, value, f"{group}{name}.")
+        elif old != value:
+            yield group + name, old, value

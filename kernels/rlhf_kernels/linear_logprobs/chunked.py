@@ -37,8 +37,12 @@ def linear_logprobs(
         (M,) log-probs, float32 (float64 for float64 inputs), with gradients to hidden, weight and bias; and (M,)
         entropies or None.
     """
-    if temperature <= 0:
+    if not temperature > 0:
         raise ValueError(f"temperature={temperature}: expected more than 0")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap={softcap}: expected more than 0, or None")
+    if not torch.is_grad_enabled():  # a Function is told that its inputs need gradients even where none will be taken
+        keep_bytes = 0
     return _LinearLogprobs.apply(hidden, weight, bias, targets, temperature, scale, softcap, entropy, keep_bytes)
 
 
@@ -52,23 +56,21 @@ class _LinearLogprobs(torch.autograd.Function):
         keep = needs_grad and softcap is None and hidden.shape[0] * weight.shape[0] * dtype.itemsize <= keep_bytes
         logprobs = torch.empty(hidden.shape[0], dtype=dtype, device=hidden.device)
         entropy = torch.empty_like(logprobs) if want_entropy else None
-        log_normalizer = torch.empty_like(logprobs)
-        kept = []
+        peaks, totals, kept = torch.empty_like(logprobs), torch.empty_like(logprobs), []
         for rows in _blocks(hidden.shape[0]):
             logits = _logits(hidden[rows], weight, bias, *ctx.logit_options)
-            peak = logits.amax(-1, keepdim=True)
-            shifted = logits.sub_(peak)
+            peaks[rows] = logits.amax(-1)
+            shifted = logits.sub_(peaks[rows, None])
             chosen = shifted.gather(-1, targets[rows, None]).squeeze(-1)
             exponentials = shifted.exp() if want_entropy else shifted.exp_()
-            total = exponentials.sum(-1)
+            totals[rows] = total = exponentials.sum(-1)
             logprobs[rows] = chosen - total.log()
-            log_normalizer[rows] = peak.squeeze(-1) + total.log()
             if want_entropy:  # H = log Z - E[logit]
                 entropy[rows] = total.log() - torch.linalg.vecdot(exponentials, shifted) / total
             if keep:
-                kept.append(exponentials.div_(total[:, None]))
+                kept.append(exponentials)
         ctx.keep = keep
-        ctx.save_for_backward(hidden, weight, bias, targets, log_normalizer, *kept)
+        ctx.save_for_backward(hidden, weight, bias, targets, peaks, totals, *kept)
         if want_entropy:
             ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -76,26 +78,26 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logprobs, _):
-        hidden, weight, bias, targets, log_normalizer, *kept = ctx.saved_tensors
+        hidden, weight, bias, targets, peaks, totals, *kept = ctx.saved_tensors
         temperature, scale, softcap = ctx.logit_options
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         # Sums over many blocks are accumulated in full precision whatever the model's dtype.
-        grad_weight = torch.zeros_like(weight, dtype=log_normalizer.dtype) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=log_normalizer.dtype) if needs_bias else None
+        grad_weight = torch.zeros_like(weight, dtype=totals.dtype) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=totals.dtype) if needs_bias else None
+        grad_chosen = grad_logprobs * (scale / temperature)
         for block, rows in enumerate(_blocks(hidden.shape[0])):
+            grad_others = (-grad_chosen[rows] / totals[rows])[:, None]  # per exponential: p = exponential / total
             if ctx.keep:
-                probabilities = kept[block]
+                gradient = kept[block].mul(grad_others)
             else:
                 logits = _logits(hidden[rows], weight, bias, temperature, scale, softcap)
-                capped = logits * temperature / softcap if softcap is not None else None  # tanh(.), its own derivative
-                probabilities = logits.sub_(log_normalizer[rows, None]).exp_()
+                capped = logits * (temperature / softcap) if softcap is not None else None  # tanh, its own derivative
+                gradient = logits.sub_(peaks[rows, None]).exp_().mul_(grad_others)
             # d log p_y / d logit = 1[y] - p, the true class formed in full precision: 1 - p_y survives p_y near 1.
-            gradient = probabilities.mul(-grad_logprobs[rows, None])
-            gradient.scatter_add_(-1, targets[rows, None], grad_logprobs[rows, None])
-            gradient.mul_(scale / temperature)
+            gradient.scatter_add_(-1, targets[rows, None], grad_chosen[rows, None])
             if softcap is not None:
-                gradient.mul_(1 - capped.square())
+                gradient.mul_(capped.square_().neg_().add_(1))
             if needs_bias:
                 grad_bias += gradient.sum(0)
             gradient = gradient.to(hidden.dtype)
@@ -125,5 +127,5 @@ def _logits(hidden, weight, bias, temperature, scale, softcap) -> Tensor:
     if scale != 1.0:
         logits *= scale
     if softcap is not None:
-        logits = torch.tanh(logits / softcap).mul_(softcap)
+        logits.div_(softcap).tanh_().mul_(softcap)
     return logits if temperature == 1.0 else logits.div_(temperature)

@@ -1,0 +1,438 @@
+"""The fused LM head against its definition.
+
+Each number is judged by the truth, the definition in float64 on the very same (rounded) inputs, and may be as wrong as
+the definition in the model's own dtype is, plus a little:
+
+    max |kernel - truth| <= max |definition in that dtype - truth| + tolerance * max |truth|
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rlhf_kernels import linear_logprobs
+from rlhf_kernels.linear_logprobs.reference import linear_logprobs as reference
+
+# Of the largest true value. The half types round what they return once, so half a unit in the last place.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+KEEP, RECOMPUTE = 1 << 29, 0
+OPTIONS = {
+    "plain": {},
+    "temperature": dict(temperature=0.7),
+    "scale": dict(scale=0.25),
+    "softcap": dict(softcap=3.0),
+    "everything": dict(temperature=1.3, scale=0.5, softcap=4.0),
+}
+every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
+both_modes = pytest.mark.parametrize("keep_bytes", [KEEP, RECOMPUTE], ids=["keep", "recompute"])
+
+
+def draw(rows: int, vocabulary: int, width: int, dtype=torch.float64, *, bias=False, seed=0) -> dict[str, torch.Tensor]:
+    """Logits of spread 2 or so, every input wanting a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, spread=1.0):
+        values = spread * torch.randn(*shape, dtype=torch.float64, generator=generator)
+        return values.to(dtype).requires_grad_()
+
+    inputs = dict(hidden=normal(rows, width), weight=normal(vocabulary, width, spread=2 / math.sqrt(width)))
+    if bias:
+        inputs["bias"] = normal(vocabulary)
+    return inputs | {"targets": torch.randint(vocabulary, (rows,), generator=generator)}
+
+
+def results(function, inputs: dict[str, torch.Tensor], dtype=None, **options) -> dict[str, torch.Tensor]:
+    """Log-probs, entropies and the gradients of an unevenly weighted sum of the log-probs, in `dtype`."""
+    leaves = {name: x.detach().to(dtype).requires_grad_() for name, x in inputs.items() if name != "targets"}
+    logprobs, entropy = function(targets=inputs["targets"], **leaves, **options)
+    weights = torch.linspace(-1, 2, len(logprobs), dtype=logprobs.dtype)
+    (logprobs * weights).sum().backward()
+    gradients = {f"grad_{name}": leaf.grad for name, leaf in leaves.items()}
+    return dict(logprobs=logprobs.detach(), entropy=entropy.detach(), **gradients)
+
+
+def assert_as_good_as_the_definition(inputs: dict[str, torch.Tensor], *, keep_bytes=KEEP, **options) -> None:
+    dtype = inputs["hidden"].dtype
+    truth = results(reference, inputs, torch.float64, **options)
+    plain = results(reference, inputs, dtype, **options)
+    fused = results(linear_logprobs, inputs, dtype, entropy=True, keep_bytes=keep_bytes, **options)
+    for name, value in truth.items():
+        assert fused[name].dtype == plain[name].dtype and fused[name].shape == value.shape
+        if value.numel():
+            allowed = (plain[name] - value).abs().max() + TOLERANCE[dtype] * value.abs().max().clamp(min=1e-3)
+            error = (fused[name] - value).abs().max()
+            assert error <= allowed, f"{name}: off by {error:.3g}, {allowed:.3g} allowed"
+
+
+@both_modes
+@every_dtype
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options(dtype, keep_bytes, bias, options):
+    """Two blocks of rows, the second of a single one."""
+    assert_as_good_as_the_definition(draw(129, 67, 16, dtype, bias=bias), keep_bytes=keep_bytes, **options)
+
+
+@both_modes
+@every_dtype
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "width"),
+    [(0, 5, 4), (1, 1, 1), (1, 7, 3), (5, 1, 4), (128, 7, 1), (129, 257, 8), (300, 1000, 33)],
+)
+def test_odd_shapes(dtype, keep_bytes, rows, vocabulary, width):
+    """No rows, one row, a vocabulary of one symbol, whole and broken blocks."""
+    assert_as_good_as_the_definition(draw(rows, vocabulary, width, dtype, bias=True), keep_bytes=keep_bytes)
+
+
+def test_by_hand():
+    """Logits (ln 3, 0): log p = ln 3/4, entropy ln 4 - 3/4 ln 3; d log p_0 / d logits = (1/4, -1/4).
+
+    The hidden state is (1, 2) and the weights (ln 3, 0), (0, 0): d hidden = (1/4 ln 3, 0), d weight = +-(1/4, 1/2).
+    """
+    hidden = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    weight = torch.tensor([[math.log(3), 0.0], [0.0, 0.0]], requires_grad=True)
+    logprobs, entropy = linear_logprobs(hidden, weight, torch.tensor([0]), entropy=True)
+    assert logprobs.item() == pytest.approx(math.log(0.75), abs=1e-6)
+    assert entropy.item() == pytest.approx(math.log(4) - 0.75 * math.log(3), abs=1e-6)
+    logprobs.sum().backward()
+    assert hidden.grad.tolist() == [pytest.approx([math.log(3) / 4, 0], abs=1e-6)]
+    assert weight.grad.flatten().tolist() == pytest.approx([0.25, 0.5, -0.25, -0.5], abs=1e-6)
+
+
+@both_modes
+def test_a_vocabulary_of_one_symbol_is_certain(keep_bytes):
+    """log 1 = 0, entropy 0, and nothing to learn, exactly."""
+    found = results(linear_logprobs, draw(5, 1, 4, torch.float32), torch.float32, entropy=True, keep_bytes=keep_bytes)
+    assert all((value == 0).all() for value in found.values())
+
+
+@every_dtype
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_keeping_and_recomputing_are_the_same(dtype, options):
+    """Both make the gradient from the same exponentials, so they agree to what a matrix product may vary by."""
+    inputs = draw(150, 67, 16, dtype, bias=True)
+    kept, recomputed = (
+        results(linear_logprobs, inputs, dtype, entropy=True, keep_bytes=keep_bytes, **options)
+        for keep_bytes in (KEEP, RECOMPUTE)
+    )
+    torch.testing.assert_close(recomputed, kept, rtol=2 * torch.finfo(dtype).eps, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------ memory layouts
+
+
+def spread_out(tensor: torch.Tensor, how: str) -> torch.Tensor:
+    """The same numbers, not contiguous."""
+    tensor = tensor.detach()
+    if how == "transposed":
+        return tensor.T.contiguous().T
+    if how == "every other column":
+        return tensor.repeat_interleave(2, -1)[:, ::2]
+    if how == "every other row":
+        return tensor.repeat_interleave(2, 0)[::2]
+    return tensor[:1].expand_as(tensor)  # one row, a stride of 0
+
+
+@both_modes
+@pytest.mark.parametrize("which", ["hidden", "weight", "both"])
+@pytest.mark.parametrize("how", ["transposed", "every other column", "every other row", "expanded"])
+def test_strides_do_not_matter(keep_bytes, which, how):
+    inputs = draw(130, 33, 8)
+    for name in ["hidden", "weight"] if which == "both" else [which]:
+        inputs[name] = spread_out(inputs[name], how)
+        assert not inputs[name].is_contiguous()
+    strided = {name: x.detach().requires_grad_(name != "targets") for name, x in inputs.items()}
+    logprobs, _ = linear_logprobs(**strided, keep_bytes=keep_bytes)
+    (logprobs * torch.linspace(-1, 2, 130, dtype=torch.float64)).sum().backward()
+    truth = results(reference, {name: x.contiguous() for name, x in inputs.items()}, torch.float64)
+    torch.testing.assert_close(logprobs.detach(), truth["logprobs"], rtol=0, atol=1e-12)
+    for name in ("hidden", "weight"):
+        torch.testing.assert_close(strided[name].grad, truth[f"grad_{name}"], rtol=0, atol=1e-12)
+
+
+def test_the_inputs_are_left_alone():
+    inputs = draw(130, 33, 8, bias=True)
+    before = {name: x.detach().clone() for name, x in inputs.items()}
+    linear_logprobs(**inputs, scale=0.5, softcap=2.0, temperature=0.7, keep_bytes=0)[0].sum().backward()
+    assert all(torch.equal(inputs[name], before[name]) for name in inputs)
+
+
+# ---------------------------------------------------------------------------------------------------- extreme numbers
+
+
+def logits_as_hidden(logits, dtype=torch.float32) -> dict[str, torch.Tensor]:
+    """Inputs whose logits are exactly these: the weight is the identity."""
+    logits = torch.tensor(logits, dtype=torch.float64)
+    return dict(hidden=logits.to(dtype), weight=torch.eye(logits.shape[1]).to(dtype))
+
+
+@both_modes
+@every_dtype
+def test_a_confident_row_still_learns(dtype, keep_bytes):
+    """p_y = 1 / (1 + 3 e^-9): the gradient 1 - p_y = 3.70089e-4, where bfloat16 would round p_y to 1 and give 0."""
+    inputs = logits_as_hidden([[9.0, 0.0, 0.0, 0.0]], dtype) | {"targets": torch.tensor([0])}
+    found = results(linear_logprobs, inputs, dtype, entropy=True, keep_bytes=keep_bytes)
+    # The single weight of `results` is -1.
+    assert -found["grad_hidden"][0, 0].item() == pytest.approx(3.70089e-4, rel=1e-2)
+    assert -found["grad_hidden"][0, 1].item() == pytest.approx(-3.70089e-4 / 3, rel=1e-2)
+    assert -found["grad_weight"][0, 0].item() == pytest.approx(9 * 3.70089e-4, rel=1e-2)
+    assert found["logprobs"].item() == pytest.approx(-3.70158e-4, rel=1e-3)
+
+
+@both_modes
+@every_dtype
+def test_a_hopeless_target_and_huge_logits(dtype, keep_bytes):
+    """Logits of -+1e4 (exact in every dtype but bfloat16, which says 9984): no overflow, log p = -2e4 or so, exactly.
+
+    Row 0: target far below, log p = -20000, gradient (-1, 1). Row 1: the same, but likely: 0 and gradient 0.
+    Row 2: a tie at 1e4: -ln 2 and (1/2, -1/2).
+    """
+    big = torch.tensor(1e4, dtype=dtype).item()
+    inputs = logits_as_hidden([[big, -big], [big, -big], [big, big]], dtype) | {"targets": torch.tensor([1, 0, 0])}
+    found = results(linear_logprobs, inputs, dtype, entropy=True, keep_bytes=keep_bytes)
+    assert found["logprobs"].tolist() == [-2 * big, 0, pytest.approx(-math.log(2))]
+    assert found["entropy"].tolist() == [0, 0, pytest.approx(math.log(2))]
+    # The weights of `results` on three rows are -1, 1/2 and 2.
+    assert found["grad_hidden"].tolist() == [[1, -1], [0, 0], [1, -1]]
+
+
+@every_dtype
+def test_a_large_common_offset_costs_nothing(dtype):
+    """Logits 512 + (0, 4, 8) are exact in every dtype, so both modes must give exactly what (0, 4, 8) gives."""
+    targets = torch.tensor([0, 2])
+    low = logits_as_hidden([[0.0, 4.0, 8.0], [8.0, 4.0, 8.0]], dtype) | {"targets": targets}
+    high = low | {"hidden": low["hidden"] + 512}
+    truth = results(linear_logprobs, low, dtype, entropy=True)
+    for keep_bytes in (KEEP, RECOMPUTE):
+        found = results(linear_logprobs, high, dtype, entropy=True, keep_bytes=keep_bytes)
+        for name in ("logprobs", "entropy", "grad_hidden"):
+            torch.testing.assert_close(found[name], truth[name], rtol=0, atol=0)
+
+
+@both_modes
+def test_a_saturated_softcap(keep_bytes):
+    """Logits of +-1e4 under softcap 2 are +-2, with a flat tanh: log p = -ln(1 + e^-4), and no gradient, not NaN."""
+    inputs = logits_as_hidden([[1e4, -1e4]]) | {"targets": torch.tensor([0])}
+    found = results(linear_logprobs, inputs, torch.float32, entropy=True, softcap=2.0, keep_bytes=keep_bytes)
+    assert found["logprobs"].item() == pytest.approx(-math.log1p(math.exp(-4)), abs=1e-7)
+    assert (found["grad_hidden"] == 0).all() and (found["grad_weight"] == 0).all()
+
+
+@both_modes
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_a_sum_over_many_rows_does_not_stall(dtype, keep_bytes):
+    """600 blocks of equal rows, p = 1/4 each: the mean's gradient is 3/4 for the target's weight, -1/4 for the rest.
+
+    The bias has the same. Times 64, so that no row's share is a subnormal of float16.
+
+    A sum kept in bfloat16 stands still once the next block's share falls under 2^-9 of it.
+    """
+    rows = 600 * 128
+    inputs = dict(hidden=torch.ones(rows, 1), weight=torch.zeros(4, 1), bias=torch.zeros(4))
+    leaves = {name: x.to(dtype).requires_grad_() for name, x in inputs.items()}
+    targets = torch.zeros(rows, dtype=torch.int64)
+    (64 * linear_logprobs(targets=targets, **leaves, keep_bytes=keep_bytes)[0].mean()).backward()
+    for name in ("weight", "bias"):
+        assert leaves[name].grad.flatten().tolist() == pytest.approx([48, -16, -16, -16], rel=4e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------ autograd
+
+
+@both_modes
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_gradcheck(keep_bytes, options):
+    inputs = draw(3, 5, 4, bias=True)
+    targets = inputs.pop("targets")
+    assert torch.autograd.gradcheck(
+        lambda hidden, weight, bias: linear_logprobs(
+            hidden, weight, targets, bias=bias, keep_bytes=keep_bytes, **options
+        )[0],
+        tuple(inputs.values()),
+    )
+
+
+@both_modes
+@pytest.mark.parametrize("wanted", [{"hidden"}, {"weight"}, {"bias"}, {"hidden", "bias"}, set()], ids=str)
+def test_what_is_frozen_gets_no_gradient(keep_bytes, wanted):
+    """And what is not gets the same one as ever."""
+    inputs = draw(130, 33, 8, bias=True)
+    targets = inputs.pop("targets")
+    everything = torch.autograd.grad(reference(targets=targets, **inputs)[0].sum(), list(inputs.values()))
+    leaves = {name: x.detach().requires_grad_(name in wanted) for name, x in inputs.items()}
+    logprobs, _ = linear_logprobs(targets=targets, **leaves, keep_bytes=keep_bytes)
+    assert logprobs.requires_grad == bool(wanted)
+    if wanted:
+        logprobs.sum().backward()
+    for (name, leaf), truth in zip(leaves.items(), everything, strict=True):
+        if name in wanted:
+            torch.testing.assert_close(leaf.grad, truth, rtol=0, atol=1e-12)
+        else:
+            assert leaf.grad is None
+
+
+@both_modes
+def test_tied_weights_add_up(keep_bytes):
+    """The same matrix embeds and predicts: its gradient is the sum of both uses, over two calls."""
+    tokens = torch.randint(33, (130,), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for function, options in ((reference, {}), (linear_logprobs, dict(keep_bytes=keep_bytes))):
+        weight = draw(1, 33, 8)["weight"].detach().requires_grad_()
+        for temperature in (1.0, 0.5):
+            hidden = torch.tanh(weight[tokens])
+            logprobs, _ = function(hidden, weight, tokens.roll(-1), temperature=temperature, **options)
+            logprobs.mean().backward()
+        gradients.append(weight.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-12)
+
+
+@both_modes
+def test_two_backward_passes_are_equal(keep_bytes):
+    inputs = draw(130, 33, 8, torch.float32, bias=True)
+    targets = inputs.pop("targets")
+    logprobs, _ = linear_logprobs(targets=targets, **inputs, keep_bytes=keep_bytes)
+    first = torch.autograd.grad(logprobs.square().sum(), list(inputs.values()), retain_graph=True)
+    second = torch.autograd.grad(logprobs.square().sum(), list(inputs.values()))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@both_modes
+def test_a_second_derivative_is_refused(keep_bytes):
+    inputs = draw(3, 5, 4)
+    logprobs, _ = linear_logprobs(**inputs, keep_bytes=keep_bytes)
+    (gradient,) = torch.autograd.grad(logprobs.square().sum(), inputs["hidden"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_the_entropy_is_a_gauge():
+    """Asked for, it carries no graph and changes nothing; not asked for, it is None."""
+    inputs = draw(3, 5, 4)
+    logprobs, entropy = linear_logprobs(**inputs, entropy=True)
+    assert logprobs.requires_grad and not entropy.requires_grad
+    alone, nothing = linear_logprobs(**inputs)
+    assert nothing is None and torch.equal(alone, logprobs)
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.0}, {"temperature": -1.0}, {"temperature": math.nan}, {"softcap": 0.0}]
+)
+def test_parameters_out_of_range_are_named(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name}={options[name]}: expected more than 0"):
+        linear_logprobs(**draw(1, 2, 2), **options)
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+class Memory(TorchDispatchMode):
+    """Watches every tensor that an operation makes: the largest, and the most elements alive at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = self.alive = self.peak = 0
+        self.storages: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **kwargs or {})
+        for tensor in output if isinstance(output, tuple | list) else [output]:
+            if isinstance(tensor, torch.Tensor) and tensor._base is None:
+                self.see(tensor)
+        return output
+
+    def see(self, tensor: torch.Tensor) -> None:
+        place, size = tensor.data_ptr(), tensor.numel()
+        self.largest = max(self.largest, size)
+        if size and place not in self.storages:
+            self.storages[place] = size
+            self.alive += size
+            self.peak = max(self.peak, self.alive)
+            weakref.finalize(tensor, self.forget, place)
+
+    def forget(self, place: int) -> None:
+        self.alive -= self.storages.pop(place)
+
+
+ROWS, VOCABULARY, WIDTH = 1024, 500, 4
+WHOLE = ROWS * VOCABULARY  # what must never be held
+BLOCK = 128 * VOCABULARY
+
+
+def watch(function, *, backward=True, **options) -> Memory:
+    inputs = draw(ROWS, VOCABULARY, WIDTH, torch.float32)
+    with Memory() as memory:
+        logprobs, _ = function(**inputs, **options)
+        if backward:
+            logprobs.sum().backward()
+    return memory
+
+
+def test_the_instrument_sees_the_definition():
+    """Which holds all logits at once, and more than one copy of them."""
+    memory = watch(reference)
+    assert memory.largest == WHOLE and memory.peak >= 2 * WHOLE
+
+
+@pytest.mark.parametrize("options", [{}, dict(softcap=3.0), dict(entropy=True)], ids=str)
+def test_recomputing_holds_a_few_blocks_at_most(options):
+    """Forward and backward: no tensor larger than a block of 128 rows, and no more than four of them alive."""
+    memory = watch(linear_logprobs, keep_bytes=0, **options)
+    assert memory.largest == BLOCK
+    assert memory.peak < 4 * BLOCK + 10 * (ROWS + VOCABULARY * WIDTH) < WHOLE
+
+
+def test_keeping_holds_the_exponentials_once():
+    """In blocks, never in one piece; and not a byte over keep_bytes."""
+    memory = watch(linear_logprobs)
+    assert memory.largest == BLOCK and WHOLE <= memory.peak < WHOLE + 4 * BLOCK
+    assert watch(linear_logprobs, keep_bytes=4 * WHOLE).peak >= WHOLE
+    assert watch(linear_logprobs, keep_bytes=4 * WHOLE - 1).peak < WHOLE
+
+
+def test_nothing_is_kept_where_no_gradient_will_be_taken():
+    """Under no_grad, with weights that could be trained; and with frozen ones."""
+    with torch.no_grad():
+        assert watch(linear_logprobs, backward=False).peak < 4 * BLOCK
+    inputs = {name: x.detach() for name, x in draw(ROWS, VOCABULARY, WIDTH, torch.float32).items()}
+    with Memory() as memory:
+        linear_logprobs(**inputs)
+    assert 0 < memory.peak < 4 * BLOCK
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+@both_modes
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_a_training_run_ends_in_the_same_place(keep_bytes, dtype, tolerance):
+    """Thirty steps of Adam on an embedding, a layer and a biased head: every parameter, and the loss falls."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(40, (30, 150), generator=generator)
+    following = (3 * tokens + 1) % 40  # what there is to learn
+    runs = []
+    for function, options in ((reference, {}), (linear_logprobs, dict(keep_bytes=keep_bytes))):
+        initial = torch.Generator().manual_seed(2)
+        shapes = dict(embedding=(40, 16), layer=(16, 16), head=(40, 16), bias=(40,))
+        model = {
+            name: (0.3 * torch.randn(*shape, dtype=torch.float64, generator=initial)).to(dtype).requires_grad_()
+            for name, shape in shapes.items()
+        }
+        optimizer = torch.optim.Adam(model.values(), lr=0.02, eps=1e-4)
+        losses = []
+        for step in range(30):
+            hidden = torch.tanh(model["embedding"][tokens[step]] @ model["layer"])
+            loss = -function(hidden, model["head"], following[step], bias=model["bias"], **options)[0].mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        runs.append({name: parameter.detach() for name, parameter in model.items()} | {"losses": torch.stack(losses)})
+    expected, found = runs
+    assert found["losses"][-1] < 0.5 * found["losses"][0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)

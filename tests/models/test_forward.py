@@ -1,0 +1,327 @@
+"""The way through a model gives the numbers and the gradients of transformers' own padded forward."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from rlhf_core.batch import PackedBatch
+from rlhf_core.models.forward import (
+    find_route,
+    pair_logprobs,
+    policy_outputs,
+    sequence_scores,
+    token_logprobs,
+    token_values,
+)
+from rlhf_core.models.heads import ValueHead
+
+PACKED_FAMILIES = ["llama", "qwen2", "gpt2", "mistral", "gemma3", "cohere", "granite", "capped"]
+PADDED_FAMILIES = ["bloom", "mamba", "gpt_oss", "gemma2", "qwen2_moe"]
+
+
+# --------------------------------------------------------------------------------------------------------------- parity
+
+
+@pytest.mark.parametrize("family", PACKED_FAMILIES)
+@pytest.mark.parametrize(("layout", "share"), [("packed", True), ("packed", False), ("auto", "auto"), ("padded", True)])
+def test_logprobs_are_those_of_the_plain_forward(make_model, twin, groups, plain, agree, family, layout, share):
+    model = make_model(family)
+    batch = PackedBatch.pack(groups, share=share)
+    agree(model, lambda model: token_logprobs(model, batch, layout=layout), twin(model), plain.logprobs)
+    assert find_route(model, layout).fused_head
+
+
+@pytest.mark.parametrize("family", PADDED_FAMILIES)
+@pytest.mark.parametrize("layout", ["auto", "padded"])
+def test_logprobs_of_models_that_fall_back(make_model, twin, groups, plain, agree, family, layout):
+    model = make_model(family)
+    batch = PackedBatch.pack(groups, share=True)
+    agree(model, lambda model: token_logprobs(model, batch, layout=layout), twin(model), plain.logprobs)
+    assert find_route(model).layout == "padded"
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_trained_weights(stories, twin, groups, plain, agree, layout):
+    model = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32)
+    batch = PackedBatch.pack(groups, share=True)
+    agree(model, lambda model: token_logprobs(model, batch, layout=layout), twin(model), plain.logprobs)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_foreign_checkpoint(shared, twin, make_plain, agree, layout):
+    """A GPT-2 of hidden size 2 that somebody else saved, without an LM head of its own: the head is tied.
+
+    A LayerNorm over two numbers divides by their difference, so rounding weighs more than elsewhere.
+    """
+    model = AutoModelForCausalLM.from_pretrained(shared / "models" / "tiny_random_gpt2", dtype=torch.float32).eval()
+    groups = [([3, 4, 5], [[6, 7, 8, 20], [9, 20]]), ([20], [[1, 2, 3]])]
+    batch = PackedBatch.pack(groups, share=True)
+    truth = make_plain(groups).logprobs
+    agree(model, lambda model: token_logprobs(model, batch, layout=layout), twin(model), truth, tolerance=1e-4)
+
+
+def count_calls(module: torch.nn.Module) -> list[int]:
+    calls = [0]
+
+    def count(*_):
+        calls[0] += 1
+
+    module.register_forward_pre_hook(count)
+    return calls
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mamba"])
+@pytest.mark.parametrize("layout", ["auto", "padded"])
+def test_activation_checkpointing_changes_no_number(make_model, twin, groups, plain, agree, family, layout):
+    model = make_model(family)
+    other = twin(model)
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    batch = PackedBatch.pack(groups, share=True)
+    find_route(model, layout)
+    layer = model.base_model.layers[0]
+    calls = count_calls(layer.norm if family == "mamba" else layer.input_layernorm)
+    counted = []
+
+    def run(model):
+        logprobs = token_logprobs(model, batch, layout=layout)
+        counted.append(calls[0])
+        return logprobs
+
+    agree(model, run, other, plain.logprobs)
+    assert counted == [1]
+    assert calls == [2], "the layer was not computed again in the backward pass: nothing was checkpointed"
+
+
+@pytest.mark.parametrize("family", ["llama", "cohere", "granite", "capped", "bloom"])
+@pytest.mark.parametrize("temperature", [0.7, 2.0])
+def test_temperature_divides_the_logits(make_model, twin, groups, plain, agree, family, temperature):
+    model = make_model(family)
+    batch = PackedBatch.pack(groups)
+    agree(
+        model,
+        lambda model: token_logprobs(model, batch, temperature=temperature),
+        twin(model),
+        lambda model: plain.logprobs(model, temperature),
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "capped", "bloom"])
+def test_entropy_of_the_distribution(make_model, twin, groups, plain, family):
+    model = make_model(family)
+    outputs = policy_outputs(model, PackedBatch.pack(groups), entropy=True, temperature=1.3)
+    distribution = torch.distributions.Categorical(logits=plain.logits(twin(model)) / 1.3)
+    torch.testing.assert_close(outputs.entropy, distribution.entropy() * plain.mask, rtol=1e-5, atol=1e-5)
+    assert not outputs.entropy.requires_grad
+    assert outputs.values is None
+    assert policy_outputs(model, PackedBatch.pack(groups)).entropy is None
+
+
+class Squared(LlamaForCausalLM):
+    """Logits that no config entry tells of."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits.square()
+        return output
+
+
+@pytest.mark.parametrize("layout", ["packed", "auto", "padded"])
+def test_a_head_that_does_more_is_asked_for_its_own_logits(make_model, twin, groups, plain, agree, layout):
+    model = Squared(make_model("llama").config)
+    batch = PackedBatch.pack(groups, share=True)
+    agree(
+        model, lambda model: token_logprobs(model, batch, layout=layout, temperature=0.8), twin(model),
+        lambda model: plain.logprobs(model, 0.8),
+    )  # fmt: skip
+    assert not find_route(model, layout).fused_head
+    outputs = policy_outputs(model, batch, entropy=True)
+    entropy = torch.distributions.Categorical(logits=plain.logits(twin(model))).entropy()
+    torch.testing.assert_close(outputs.entropy, entropy * plain.mask, rtol=1e-5, atol=1e-5)
+
+
+def test_an_unknown_config_entry_of_a_known_name_does_no_harm(make_model, twin, groups, plain, agree):
+    """A Llama with Cohere's `logit_scale` in its config does not scale, and must not be believed to."""
+    model = make_model("llama", logit_scale=0.5)
+    agree(model, lambda model: token_logprobs(model, PackedBatch.pack(groups)), twin(model), plain.logprobs)
+    assert not find_route(model).fused_head
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_half_precision_weights_give_float32_logprobs(make_model, groups, plain, layout):
+    """As near to the truth as transformers' own bfloat16 forward is, give or take a quarter."""
+    exact = make_model("llama", initializer_range=0.1).eval()
+    model = copy.deepcopy(exact).bfloat16()
+    exact.load_state_dict(model.state_dict())  # the same weights: only the arithmetic differs
+    with torch.no_grad():
+        logprobs = token_logprobs(model, PackedBatch.pack(groups, share=True), layout=layout)
+        truth, own = plain.logprobs(exact), plain.logprobs(copy.deepcopy(model)).float()
+    assert logprobs.dtype == torch.float32
+    error, own_error = (logprobs - truth)[plain.mask].norm(), (own - truth)[plain.mask].norm()
+    assert error < 1.25 * own_error
+    assert find_route(model, layout).layout == layout
+
+
+# ---------------------------------------------------------------------------------------------------- values and scores
+
+
+def random_value_head(size: int = 32) -> ValueHead:
+    torch.manual_seed(2)
+    head = ValueHead(size)
+    torch.nn.init.normal_(head.linear.weight)
+    torch.nn.init.normal_(head.linear.bias)
+    return head
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mamba"])
+def test_values_come_from_the_same_forward(make_model, twin, groups, plain, agree, family):
+    model, head = make_model(family), random_value_head()
+    other, other_head = twin(model), twin(head)
+    batch = PackedBatch.pack(groups, share=True)
+    find_route(model)
+    calls = count_calls(model.base_model)
+    agree(
+        model,
+        lambda model: policy_outputs(model, batch, value_head=head).values,
+        other,
+        lambda model: other_head(plain.states(model.base_model)) * plain.mask,
+    )
+    assert calls == [1]
+    for parameter, truth in zip(head.parameters(), other_head.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, truth.grad, rtol=1e-5, atol=1e-5)
+    outputs = policy_outputs(model, batch, value_head=head)
+    torch.testing.assert_close(outputs.logprobs, plain.logprobs(other), rtol=1e-5, atol=1e-5)
+
+
+def test_values_beside_a_models_own_logits(make_model, twin, groups, plain):
+    model, head = Squared(make_model("llama").config), random_value_head()
+    values = policy_outputs(model, PackedBatch.pack(groups), value_head=head).values
+    truth = head(plain.states(twin(model).base_model)) * plain.mask
+    torch.testing.assert_close(values, truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "bloom"])
+@pytest.mark.parametrize("layout", ["auto", "padded"])
+def test_token_values_are_read_before_the_token(make_scorer, twin, groups, plain, agree, family, layout):
+    model = make_scorer(family)
+    batch = PackedBatch.pack(groups, share=True)
+    agree(
+        model,
+        lambda model: token_values(model, batch, layout=layout),
+        twin(model),
+        lambda model: model.score(plain.states(model.base_model)).squeeze(-1) * plain.mask,
+    )
+
+
+def test_a_value_may_not_see_its_token(make_scorer, groups):
+    model = make_scorer("llama").eval()
+    before = token_values(model, PackedBatch.pack(groups, share=True))
+    groups[0][1][1][5] += 1  # the sixth token of the second completion
+    change = (token_values(model, PackedBatch.pack(groups, share=True)) - before).abs()[1]
+    assert change[:6].max() < 1e-6
+    assert change[6:14].min() > 1e-6
+
+
+def last_token_scores(model, groups) -> torch.Tensor:
+    """Row by row, without padding, by transformers' own classifier, which then reads the last token."""
+    model.config.pad_token_id = None
+    rows = [[*prompt, *completion] for prompt, completions in groups for completion in completions]
+    return torch.cat([model(input_ids=torch.tensor([row]), use_cache=False).logits[:, 0] for row in rows])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma3", "bloom"])
+@pytest.mark.parametrize(("layout", "share"), [("auto", True), ("auto", False), ("padded", True)])
+def test_scores_are_read_at_the_last_token(make_scorer, twin, groups, agree, family, layout, share):
+    model = make_scorer(family)
+    batch = PackedBatch.pack(groups, share=share)
+    agree(
+        model,
+        lambda model: sequence_scores(model, batch, layout=layout),
+        twin(model),
+        lambda model: last_token_scores(model, groups),
+    )
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("pad", [None, 0, 2, 7])
+def test_no_id_decides_where_a_completion_ends(make_scorer, twin, layout, pad):
+    """The last tokens are pad, EOS, or pad after pad: each counts."""
+    model = make_scorer("llama").eval()
+    groups = [([1, 5, 0], [[7, 2], [7, 2, 0], [0, 0, 0], [7], [2]]), ([2, 2], [[7, 7]])]
+    truth = last_token_scores(twin(model), groups)
+    model.config.pad_token_id = pad
+    scores = sequence_scores(model, PackedBatch.pack(groups, share=True), layout=layout)
+    torch.testing.assert_close(scores, truth, rtol=1e-5, atol=1e-5)
+
+
+def test_a_policy_has_no_scores(make_model, groups):
+    for function in (sequence_scores, token_values):
+        with pytest.raises(ValueError, match="LlamaForCausalLM has no `score` head; load it with load_reward_model"):
+            function(make_model("llama"), PackedBatch.pack(groups))
+
+
+# ---------------------------------------------------------------------------------------------------------------- pairs
+
+
+def test_pairs_by_the_names_of_the_loss(make_model, plain):
+    policy, reference = make_model("llama").eval(), make_model("llama", seed=1).eval()
+    pairs = [([1, 5, 6], [[7, 8, 2], [9, 2]]), ([1, 3], [[4, 2], [5, 6, 7, 2]])]
+    batch = PackedBatch.pack(pairs, share=True)
+    result = pair_logprobs(policy, reference, batch)
+    logprobs, ref_logprobs = token_logprobs(policy, batch), token_logprobs(reference, batch)
+    assert set(result) == {
+        "chosen_logprobs", "rejected_logprobs", "chosen_mask", "rejected_mask", "ref_chosen_logprobs",
+        "ref_rejected_logprobs",
+    }  # fmt: skip
+    assert torch.equal(result["chosen_logprobs"], logprobs[[0, 2]])
+    assert torch.equal(result["rejected_logprobs"], logprobs[[1, 3]])
+    assert torch.equal(result["ref_chosen_logprobs"], ref_logprobs[[0, 2]])
+    assert torch.equal(result["ref_rejected_logprobs"], ref_logprobs[[1, 3]])
+    assert result["chosen_mask"].sum(-1).tolist() == [3, 2]
+    assert result["rejected_mask"].sum(-1).tolist() == [2, 4]
+    assert result["chosen_logprobs"].requires_grad
+    assert not result["ref_chosen_logprobs"].requires_grad
+    assert not result["ref_rejected_logprobs"].requires_grad
+    assert reference.lm_head.weight.requires_grad  # it was asked not to record, not frozen
+
+
+def test_pairs_without_a_reference(make_model):
+    batch = PackedBatch.pack([([1], [[2, 3], [4]])])
+    result = pair_logprobs(make_model("llama"), None, batch)
+    assert set(result) == {"chosen_logprobs", "rejected_logprobs", "chosen_mask", "rejected_mask"}
+
+
+def test_an_odd_number_makes_no_pairs(make_model):
+    with pytest.raises(ValueError, match="3 completions do not make pairs"):
+        pair_logprobs(make_model("llama"), None, PackedBatch.pack([([1], [[2, 3], [4], [5]])]))
+
+
+# ------------------------------------------------------------------------------------------------------------ isolation
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "mamba"])
+@pytest.mark.parametrize("share", [True, False])
+def test_sequences_do_not_see_each_other(make_model, groups, family, share):
+    """Other tokens in one completion, or in one prompt, change that completion's, or that prompt's, numbers alone."""
+    model = make_model(family).eval()
+
+    def logprobs() -> torch.Tensor:
+        with torch.no_grad():
+            return token_logprobs(model, PackedBatch.pack(groups, share=share))
+
+    before = logprobs()
+    completion = groups[0][1][1]  # row 1
+    completion[:] = [(token + 1) % 61 for token in completion]
+    change = (logprobs() - before).abs().amax(-1)
+    assert change[1] > 1e-2
+    assert change[[0, *range(2, len(change))]].max() < 1e-6
+
+    before = logprobs()
+    prompt = groups[3][0]  # of rows 6 and 7
+    prompt[:] = [(token + 1) % 61 for token in prompt]
+    change = (logprobs() - before).abs().amax(-1)
+    assert change[[6, 7]].min() > 1e-2
+    assert change[[*range(6), 8]].max() < 1e-6

@@ -1,0 +1,346 @@
+"""What holds for SFT, reward models, DPO and PPO with each of its critics alike."""
+
+import importlib
+import json
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from rlhf_core.batch import PackedBatch
+from rlhf_core.config import DataConfig, ModelConfig, OptimConfig
+from rlhf_core.models.forward import sequence_scores, token_logprobs
+from rlhf_core.models.heads import ValueHead
+from rlhf_core.models.load import load_policy, load_reward_model
+from rlhf_core.training.run import Run
+
+JOBS = ["sft", "reward", "dpo", "ppo-head", "ppo-policy", "ppo-reward"]
+DATA = {"sft": "sft", "reward": "pairs", "dpo": "pairs"}
+STEADY = OptimConfig(lr=3e-3, schedule="linear", eps=1e-3)  # as in conftest.py
+every_job = pytest.mark.parametrize("job", JOBS)
+
+
+def trainer(job: str) -> ModuleType:
+    return importlib.import_module(f"rlhf_core.trainers.{job.partition('-')[0]}")
+
+
+# ------------------------------------------------------------------------------------------------------- to be resumed
+
+
+@every_job
+@pytest.mark.parametrize("stops", [[1], [2, 3]], ids=str)  # 2 is the end of an epoch
+def test_a_run_that_was_stopped_and_resumed_is_the_same_to_the_bit(configure, plain_run, train_with_stops, job, stops):
+    uninterrupted = plain_run(job)
+    resumed = train_with_stops(configure(job), stops)
+    assert resumed.same_weights(uninterrupted)
+    assert resumed.metrics == uninterrupted.metrics
+    assert len(resumed.metrics) == 4
+
+
+@every_job
+def test_a_run_that_crashed_goes_on_from_its_last_checkpoint_to_the_bit(configure, train, plain_run, monkeypatch, job):
+    uninterrupted = plain_run(job)
+    config = configure(job, save_every=2, keep_checkpoints=1)
+    original = Run.log
+
+    def crash(self, step, *args, **options):
+        if step == 4:
+            raise RuntimeError("crash")
+        original(self, step, *args, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="crash"):
+        patch.setattr(Run, "log", crash)
+        train(config)
+    assert [path.name for path in Path(config.output, "checkpoints").iterdir()] == ["step-000002"]
+    resumed = train(replace(config, resume=True))
+    assert resumed.same_weights(uninterrupted)
+    assert resumed.metrics == uninterrupted.metrics
+
+
+# ---------------------------------------------------------------------------------------- what must not change a result
+
+
+@every_job
+def test_the_same_seed_gives_the_same_run_and_another_one_another(train, plain_run, job):
+    first, second, other = plain_run(job), train(job), train(job, seed=1)
+    assert first.same_weights(second)
+    assert first.metrics == second.metrics
+    assert not first.same_weights(other)
+    assert [row["grad_norm"] for row in first.metrics] != [row["grad_norm"] for row in other.metrics]
+
+
+@every_job
+def test_the_global_random_state_does_not_matter(train, plain_run, monkeypatch, job):
+    original = Run.__enter__
+
+    def disturb(self):
+        torch.manual_seed(1234)
+        return original(self)
+
+    monkeypatch.setattr(Run, "__enter__", disturb)
+    assert train(job).same_weights(plain_run(job))
+
+
+@every_job
+def test_the_size_of_micro_batches_does_not_matter(train, plain_run, job):
+    whole = plain_run(job)
+    for size in (1, 3):
+        parts = train(job, micro_batch_size=size)
+        assert whole.distance(parts) < 1e-5
+        for row, other in zip(whole.metrics, parts.metrics, strict=True):
+            assert row.keys() == other.keys()
+            for name in row:
+                assert row[name] == pytest.approx(other[name], rel=1e-3, abs=2e-5), name
+
+
+@every_job
+def test_the_layout_does_not_matter(configure, train, material, job):
+    def layout(name: str):
+        model = ModelConfig(path=material / "policy", layout=name)
+        return train(job, model=model)
+
+    packed, padded = layout("packed"), layout("padded")
+    assert 0 < packed.distance(padded) < 1e-5  # 0 would be the same layout twice
+
+
+@every_job
+def test_gradient_checkpointing_does_not_matter(train, material, monkeypatch, job):
+    calls = []
+    original = LlamaMLP.forward
+
+    def count(self, states):
+        calls[-1] += torch.is_grad_enabled()
+        return original(self, states)
+
+    monkeypatch.setattr(LlamaMLP, "forward", count)
+    outcomes = []
+    for checkpointing in (False, True):
+        calls.append(0)
+        model = ModelConfig(path=material / "policy", gradient_checkpointing=checkpointing)
+        outcomes.append(train(job, max_steps=2, model=model))
+    assert calls[1] > calls[0]  # forwards were done again
+    assert outcomes[0].distance(outcomes[1]) < 1e-6
+
+
+# --------------------------------------------------------------------------------------------- what must change a result
+
+COMMON = [
+    {"optim": replace(STEADY, lr=1e-3)},
+    {"optim": replace(STEADY, schedule="constant")},
+    {"optim": replace(STEADY, warmup_ratio=0.5)},
+    {"optim": replace(STEADY, weight_decay=0.1)},
+    {"optim": replace(STEADY, betas=(0.8, 0.999))},
+    {"optim": replace(STEADY, betas=(0.9, 0.9))},
+    {"optim": replace(STEADY, eps=1e-8)},
+    {"optim": replace(STEADY, max_grad_norm=0.01)},
+    {"batch_size": 5},
+    {"max_steps": 3},
+    {"max_steps": None, "epochs": 3},
+]
+OWN = {
+    "sft": [],
+    "reward": [{"center_coef": 0.0}],
+    "dpo": [{"beta": 0.5}, {"label_smoothing": 0.3}],
+    "ppo-head": [
+        {"minibatch_size": 3}, {"ppo_epochs": 1}, {"clip": 1e-3}, {"value_clip": 1e-3}, {"value_clip": None},
+        {"value_coef": 1.0}, {"gamma": 0.9}, {"lam": 0.5}, {"kl_coef": 0.5}, {"kl_target": 0.01},
+        {"kl_target": None}, {"kl_horizon": 5}, {"sampling": {"max_new_tokens": 3}},
+        {"sampling": {"max_new_tokens": 5, "temperature": 0.8}},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("job", "changes"),
+    [(job, changes) for job, own in OWN.items() for changes in [*(COMMON if job == "sft" else COMMON[:1]), *own]],
+    ids=str,
+)
+def test_no_setting_is_ignored(train, plain_run, job, changes):
+    bold = dict(optim=replace(STEADY, lr=3e-2), kl_target=0.5) if job == "ppo-head" else {}  # so that clips are reached
+    before = train(job, **bold) if bold else plain_run(job)
+    assert train(job, **bold | changes).distance(before) > 1e-6
+
+
+@every_job
+def test_the_reference_and_the_data_are_those_that_were_named(train, plain_run, material, job):
+    data = DataConfig(path=material / f"{DATA.get(job, 'prompts')}.jsonl", limit=3)
+    assert not train(job, data=data).same_weights(plain_run(job))
+    if job not in ("sft", "reward"):
+        other = train(job, reference=plain_run("sft").folder)
+        assert not other.same_weights(plain_run(job))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@every_job
+def test_half_precision_is_trained_saved_and_resumed(configure, train, train_with_stops, material, job, dtype):
+    settings = dict(model=ModelConfig(path=material / "policy", dtype=dtype), max_steps=2)
+    outcome = train(job, **settings)
+    assert all(math.isfinite(value) for row in outcome.metrics for value in row.values())
+    kinds = {name.split(":")[0]: tensor.dtype for name, tensor in outcome.weights.items()}
+    assert kinds["model.safetensors"] == getattr(torch, dtype)
+    assert kinds.get("value_head.safetensors", torch.float32) == torch.float32
+    assert train_with_stops(configure(job, **settings), [1]).same_weights(outcome)
+
+
+# ------------------------------------------------------------------------------------------------------- what it leaves
+
+
+@every_job
+def test_what_was_trained_loads_in_plain_transformers(plain_run, material, job):
+    outcome = plain_run(job)
+    tokenizer = AutoTokenizer.from_pretrained(outcome.folder)
+    prompt, completion = (
+        tokenizer("solano peta")["input_ids"],
+        tokenizer("dolo .", add_special_tokens=False)["input_ids"],
+    )
+    batch = PackedBatch.pack([(prompt, [completion])])
+    whole = torch.tensor([prompt + completion])
+    with torch.no_grad():
+        if job == "reward":
+            plain = AutoModelForSequenceClassification.from_pretrained(outcome.folder)
+            ours, _ = load_reward_model(outcome.folder)
+            assert plain.config.num_labels == 1
+            assert plain(whole).logits.item() == pytest.approx(sequence_scores(ours, batch).item(), abs=1e-5)
+        else:
+            plain = AutoModelForCausalLM.from_pretrained(outcome.folder)
+            ours, _ = load_policy(outcome.folder)
+            logprobs = plain(whole).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
+            expected = logprobs.gather(-1, torch.tensor(completion)[:, None]).squeeze(-1)
+            assert torch.allclose(token_logprobs(ours, batch)[0], expected, atol=1e-5)
+    source = material / "policy"
+    kind = AutoModelForSequenceClassification if job == "reward" else AutoModelForCausalLM
+    before = dict(kind.from_pretrained(source, num_labels=1).named_parameters())
+    moved = [name for name, after in plain.named_parameters() if not torch.equal(before[name], after)]
+    assert len(moved) == len(before)  # all of it was trained
+
+
+@pytest.mark.parametrize("job", ["ppo-head", "ppo-policy", "ppo-reward"])
+def test_ppo_leaves_its_critic(plain_run, material, job):
+    outcome = plain_run(job)
+    if job == "ppo-head":
+        head = ValueHead.load(outcome.folder)
+        assert head.linear.weight.abs().min() > 0  # from 0, where it began
+        assert not (outcome.folder / "value_model").exists()
+    else:
+        critic = AutoModelForSequenceClassification.from_pretrained(outcome.folder / "value_model")
+        start = material / ("policy" if job == "ppo-policy" else "reward_model")
+        before = AutoModelForSequenceClassification.from_pretrained(start, num_labels=1)
+        assert 0 < (critic.model.norm.weight - before.model.norm.weight).abs().max() < 0.1
+        assert AutoTokenizer.from_pretrained(outcome.folder / "value_model").eos_token == "<eos>"
+        assert not (outcome.folder / "value_head.safetensors").exists()
+
+
+@every_job
+def test_metrics_of_every_step_and_of_evaluations(train, material, job):
+    outcome = train(job, eval_data=material / f"{DATA.get(job, 'prompts')}.jsonl", eval_every=3)
+    expected = {
+        "sft": {"nll", "tokens"},
+        "reward": {"loss", "accuracy", "margin", "chosen_score", "rejected_score"},
+        "dpo": {"loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logprob", "rejected_logprob"},
+    }.get(job, {"score", "score_std", "kl", "kl_coef", "entropy", "explained_variance", "length", "eos_rate",
+                "policy_loss", "value_loss", "approx_kl", "clip_fraction", "ratio_max", "value_clip_fraction",
+                "value_mean"})  # fmt: skip
+    held_out = {f"eval_{name}" for name in (expected - {"tokens"} if not job.startswith("ppo") else {"score", "kl"})}
+    for row in outcome.metrics:
+        wanted = {"step", "grad_norm", "lr"} | expected | (held_out if row["step"] in (3, 4) else set())
+        assert row.keys() == wanted
+        assert all(isinstance(value, int | float) for value in row.values())
+    about = json.loads((outcome.folder / "run.json").read_text())
+    assert about["job"] == job.partition("-")[0]
+    assert about["total_steps"] == 4
+
+
+@every_job
+def test_the_last_evaluation_is_returned(configure, material, job):
+    config = configure(job, eval_data=material / f"{DATA.get(job, 'prompts')}.jsonl", max_steps=2)
+    module = trainer(job)
+    result = module.train(config)
+    last = json.loads((Path(config.output) / "metrics.jsonl").read_text().splitlines()[-1])
+    assert result == {name: value for name, value in last.items() if name.startswith("eval_")}
+    assert result
+
+
+@every_job
+def test_fewer_rows_than_a_batch_are_trained_on(train, job):
+    outcome = train(job, batch_size=64, epochs=2, max_steps=None, optim=OptimConfig(lr=1e-3, schedule="constant"))
+    assert [row["step"] for row in outcome.metrics] == [1, 2]
+    assert all(row["grad_norm"] > 0 for row in outcome.metrics)
+
+
+@every_job
+def test_the_rate_follows_the_schedule_and_the_norm_is_clipped(train, job):
+    rates = [row["lr"] for row in train(job, optim=OptimConfig(lr=0.01, schedule="linear", warmup_ratio=0.5)).metrics]
+    assert rates == pytest.approx([0.005, 0.01, 0.01, 0.005])
+
+
+@every_job
+def test_the_clip_reaches_the_weights(train, monkeypatch, job):
+    """With plain SGD of rate 1 and one step, the weights move by the clipped norm, or by the whole of it."""
+    module = trainer(job)
+    moved = []
+
+    def build(modules, config):
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        before = [parameter.detach().clone() for parameter in parameters]
+        optimizer = torch.optim.SGD(parameters, lr=1.0)
+        original = optimizer.step
+
+        def step():
+            original()
+            moved.append(sum((p - b).square().sum() for p, b in zip(parameters, before, strict=True)).sqrt().item())
+
+        optimizer.step = step
+        return optimizer
+
+    monkeypatch.setattr(module, "build_optimizer", build)
+    single = dict(max_steps=1) | (dict(minibatch_size=6, ppo_epochs=1) if job.startswith("ppo") else {})
+    schedule = dict(lr=1.0, schedule="constant")
+    clipped = train(job, **single, optim=OptimConfig(max_grad_norm=1e-2, **schedule))
+    whole = train(job, **single, optim=OptimConfig(max_grad_norm=None, **schedule))
+    norm = whole.metrics[0]["grad_norm"]
+    assert clipped.metrics[0]["grad_norm"] == pytest.approx(norm)
+    assert norm > 0.02
+    assert moved == pytest.approx([1e-2, norm], rel=1e-3)
+
+
+# -------------------------------------------------------------------------------------------------------- what it minds
+
+
+@every_job
+def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_nothing(configure, train, monkeypatch, job):
+    module = trainer(job)
+    name = {"sft": "sft_loss", "reward": "bradley_terry_loss", "dpo": "preference_loss"}.get(job, "policy_loss")
+    original = getattr(module, name)
+
+    def poisoned(*args, **options):
+        loss, stats = original(*args, **options)
+        return loss * float("nan"), stats
+
+    monkeypatch.setattr(module, name, poisoned)
+    weights = []
+    build = module.build_optimizer
+
+    def watch(modules, config):
+        weights.extend((p, p.detach().clone()) for module in modules for p in module.parameters())
+        return build(modules, config)
+
+    monkeypatch.setattr(module, "build_optimizer", watch)
+    config = configure(job, max_steps=20, optim=OptimConfig(lr=1.0))
+    with pytest.raises(FloatingPointError, match="not finite in each of the last 5 steps"):
+        train(config)
+    assert all(torch.equal(now, before) for now, before in weights)
+    assert json.loads(Path(config.output, "metrics.jsonl").read_text().splitlines()[0])["grad_norm"] == "nan"
+
+
+def test_nothing_is_said_that_nobody_needs(train, caplog, capfd):
+    with caplog.at_level(logging.WARNING):
+        for job in JOBS:
+            train(job, max_steps=1)
+    assert caplog.records == []
+    assert capfd.readouterr() == ("", "")
