@@ -170,7 +170,8 @@ class DataConfig(Settings):
     skip_bad_rows: int = 0
     """Skip and count up to this many rows that cannot be used; one more is an error."""
     max_length: int | None = None
-    """Longest prompt and completion together, in tokens: longer prompts are cut on the left. None: the model's own."""
+    """Longest prompt and completion together, in tokens: longer prompts are cut on the left, plain texts on the
+    right. None: the model's own."""
     chat_template: str | None = None
     """A Jinja file, or `plain`, for rows of messages where the tokenizer has no template."""
 

@@ -79,6 +79,7 @@ def attended(layout: AttentionLayout, num_tokens: int) -> list[tuple[int, list[i
         else:
             queries, keys = group.queries.tolist(), group.keys.tolist()
         for row_queries, row_keys in zip(queries, keys, strict=True):
+            assert {*row_queries, *row_keys} <= {*range(num_tokens)}
             assert len(row_keys) == group.prefix + len(row_queries)
             rows += [(query, row_keys[: group.prefix + i + 1]) for i, query in enumerate(row_queries)]
     order = range(num_tokens) if layout.restore is None else layout.restore.tolist()
@@ -275,6 +276,7 @@ def test_long_runs_are_slices_and_short_ones_go_together():
 
 def test_a_stream_of_long_runs_needs_no_restoring():
     assert PackedBatch.pack(groups_of([(10, (60,)), (10, (70,))])).layout.restore is None
+    assert PackedBatch.pack(groups_of([(2, (3,)), (10, (70,))])).layout.restore is None  # and one short one
 
 
 # ----------------------------------------------------------------------------------------------------------------- cost

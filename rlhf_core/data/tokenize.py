@@ -67,7 +67,7 @@ def encode_records(
     stop_ids: the ids that end a completion (see the function `stop_ids`).
     max_length: tokens that prompt and longest completion may have together. Prompts are cut on the left, their BOS
         kept; completions stay whole; a record whose completion leaves no room for a token of its prompt is dropped.
-        Both are counted in one warning.
+        Plain text is cut on the right. All is counted in a warning.
     chat_template: Jinja text for records that are messages; None takes the tokenizer's own.
 
     Raises DataError for a completion without tokens, an empty prompt where there is no BOS to stand for it, messages
@@ -272,11 +272,17 @@ def _with_start(
 
 
 def _fit(examples: list[Example], max_length: int, marks: _Marks) -> list[Example]:
-    """Cut prompts on the left until prompt and longest completion fit; drop, and count, what cannot be made to fit."""
+    """Cut prompts on the left, and plain text on the right, until they fit; drop, and count, what cannot be made to."""
     fitting: list[Example] = []
     cut: list[str] = []
     dropped: list[str] = []
+    texts_cut = 0
     for example in examples:
+        if example.record.prompt is None:  # text has no completion to keep whole: its beginning is as good as any part
+            room = max_length - len(example.prompt)
+            texts_cut += len(example.completions[0]) > room
+            fitting.append(replace(example, completions=(example.completions[0][:room],)))
+            continue
         room = max_length - max(map(len, example.completions), default=0)
         prompt = _cut_left(example.prompt, room, marks)
         if prompt is None:
@@ -285,6 +291,8 @@ def _fit(examples: list[Example], max_length: int, marks: _Marks) -> list[Exampl
         if len(prompt) < len(example.prompt):
             cut.append(example.record.source)
         fitting.append(replace(example, prompt=prompt))
+    if texts_cut:
+        logger.warning(f"max_length={max_length}: {texts_cut} of {len(examples)} texts were cut on the right")
     if cut or dropped:
         logger.warning(
             f"max_length={max_length}: of {len(examples)} records, {len(cut)} had their prompt cut on the left and "

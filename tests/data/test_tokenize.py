@@ -296,10 +296,11 @@ def test_truncation_of_prompts_alone_and_of_messages(make_tokenizer):
     assert as_text(tokenizer, example) == ("<s>Assistant:", " x</s>")
 
 
-def test_plain_text_needs_no_room_but_for_bos(make_tokenizer):
+def test_plain_text_is_cut_on_the_right(make_tokenizer, caplog):
     tokenizer = make_tokenizer()
     examples = encode(tokenizer, record(None, "abc"), record(None, "abcd"), max_length=5)
-    assert [as_text(tokenizer, example) for example in examples] == [("<s>", "abc</s>")]
+    assert [as_text(tokenizer, example) for example in examples] == [("<s>", "abc</s>"), ("<s>", "abcd")]
+    assert "max_length=5: 1 of 2 texts were cut on the right" in caplog.text
 
 
 def test_a_max_length_without_room_for_anything_is_refused(make_tokenizer):

@@ -128,7 +128,7 @@ def test_gradient_checkpointing_does_not_matter(train, material, monkeypatch, jo
     assert outcomes[0].distance(outcomes[1]) < 1e-6
 
 
-# --------------------------------------------------------------------------------------------- what must change a result
+# -------------------------------------------------------------------------------------------- what must change a result
 
 COMMON = [
     {"optim": replace(STEADY, lr=1e-3)},
@@ -176,8 +176,9 @@ def test_the_reference_and_the_data_are_those_that_were_named(train, plain_run, 
         assert not other.same_weights(plain_run(job))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@every_job
+@pytest.mark.parametrize(
+    ("job", "dtype"), [(job, "bfloat16") for job in JOBS] + [("sft", "float16"), ("ppo-head", "float16")]
+)
 def test_half_precision_is_trained_saved_and_resumed(configure, train, train_with_stops, material, job, dtype):
     settings = dict(model=ModelConfig(path=material / "policy", dtype=dtype), max_steps=2)
     outcome = train(job, **settings)

@@ -177,15 +177,15 @@ def test_each_step_draws_anew(train, steps, tmp_path):
 def test_the_critic_learns_what_a_completion_is_worth(train, monkeypatch, job):
     """Every completion is worth 1, and nothing else counts: so is then every state."""
 
-    def run(value_coef: float) -> float:
+    def run(value_coef: float, max_steps: int) -> float:
         metrics = train(
-            job, reward_function="lumo_rewards:always_one", max_steps=25, epochs=99, kl_coef=0.0, kl_target=None,
-            value_clip=None, value_coef=value_coef, lam=1.0, optim=OptimConfig(lr=1e-2, schedule="constant"),
+            job, reward_function="lumo_rewards:always_one", max_steps=max_steps, epochs=99, kl_coef=0.0, kl_target=None,
+            value_clip=None, value_coef=value_coef, lam=1.0, optim=OptimConfig(lr=2e-2, schedule="constant"),
         ).metrics  # fmt: skip
         return metrics[-1]["value_loss"]
 
-    assert run(1.0) < 0.05
-    assert run(0.0) == pytest.approx(0.5)  # what saying 0 costs
+    assert run(1.0, max_steps=12) < 0.1
+    assert run(0.0, max_steps=2) == pytest.approx(0.5)  # what saying 0 costs
 
 
 def test_the_price_is_paid(train):
