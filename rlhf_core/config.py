@@ -68,7 +68,8 @@ def alternatives(kind: Any) -> tuple[Any, ...]:
 def _convert(kind: Any, value: Any, where: str) -> Any:
     """A value from Python, YAML or the command line as the field's type."""
     kinds = alternatives(kind)
-    if type(None) in kinds and (value is None or value in ("none", "None", "null")):
+    alone = value.get("path") if isinstance(value, dict) else value  # --eval-data none switches off what a file gave
+    if type(None) in kinds and (value is None or alone in ("none", "None", "null")):
         return None
     [kind] = [one for one in kinds if one is not type(None)]
     if dataclasses.is_dataclass(kind):

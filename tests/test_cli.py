@@ -154,6 +154,15 @@ def test_a_path_alone_in_the_file_takes_options_of_its_group(tmp_path, configs):
     assert (config.model.path, config.model.dtype) == ("m", "bfloat16")
 
 
+def test_what_a_file_gave_can_be_switched_off(tmp_path, configs):
+    file = tmp_path / "dpo.yaml"
+    file.write_text("model: m\ndata: d\noutput: o\neval_data: {path: e, limit: 3}\nreference: r\nmax_steps: 5")
+    none = ["--eval-data", "none", "--reference", "none", "--max-steps", "none", "--optim.max-grad-norm", "none"]
+    assert main(["dpo", "--config", str(file), *none]) == 0
+    (config,) = configs
+    assert (config.eval_data, config.reference, config.max_steps, config.optim.max_grad_norm) == (None,) * 4
+
+
 def test_a_later_file_wins(tmp_path, configs):
     for name, text in {"a": "model: m\ndata: d\noutput: o\noptim: {lr: 1, eps: 2}", "b": "optim: {lr: 3}"}.items():
         (tmp_path / f"{name}.yaml").write_text(text)

@@ -281,6 +281,13 @@ def test_none(value):
     assert config.optim.max_grad_norm is None
 
 
+def test_a_group_that_may_be_left_out_can_be_switched_off_again():
+    for none in ("none", {"path": "none"}, {"path": "none", "limit": 3}, None):
+        assert from_dict(DPOConfig, RUN | {"eval_data": none, "reference": none}).eval_data is None
+    with pytest.raises(ConfigError, match="eval_data.path=None: expected a text"):
+        from_dict(DPOConfig, RUN | {"eval_data": {"path": None}})
+
+
 # ------------------------------------------------------------------------------------------------------- there and back
 
 TOGETHER = {  # settings that exclude one another, and names that must exist

@@ -13,7 +13,6 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -96,9 +95,11 @@ def preference_loss(
         return total / mask.sum(-1).clamp(min=1) if entry.length_normalized else total
 
     chosen, rejected = reduce(chosen_logprobs, chosen_mask), reduce(rejected_logprobs, rejected_mask)
-    ref_chosen = reduce(ref_chosen_logprobs, chosen_mask) if entry.needs_reference else torch.zeros_like(chosen)
-    ref_rejected = reduce(ref_rejected_logprobs, rejected_mask) if entry.needs_reference else torch.zeros_like(rejected)
-    terms = PairTerms(chosen, rejected, chosen - ref_chosen, rejected - ref_rejected)
+    chosen_log_ratio, rejected_log_ratio = chosen, rejected
+    if entry.needs_reference:  # token by token, then summed: the difference of two large sums has lost its digits
+        chosen_log_ratio = reduce(chosen_logprobs - ref_chosen_logprobs, chosen_mask)
+        rejected_log_ratio = reduce(rejected_logprobs - ref_rejected_logprobs, rejected_mask)
+    terms = PairTerms(chosen, rejected, chosen_log_ratio, rejected_log_ratio)
     loss = entry.function(terms, beta=beta, label_smoothing=label_smoothing).mean()
 
     chosen_reward, rejected_reward = beta * terms.chosen_log_ratio.detach(), beta * terms.rejected_log_ratio.detach()

@@ -44,6 +44,7 @@ def test_logprobs_of_models_that_fall_back(make_model, twin, groups, plain, agre
     assert find_route(model).layout == "padded"
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_trained_weights(stories, twin, groups, plain, agree, layout):
     model = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32)
@@ -51,6 +52,7 @@ def test_trained_weights(stories, twin, groups, plain, agree, layout):
     agree(model, lambda model: token_logprobs(model, batch, layout=layout), twin(model), plain.logprobs)
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_a_foreign_checkpoint(shared, twin, make_plain, agree, layout):
     """A GPT-2 of hidden size 2 that somebody else saved, without an LM head of its own: the head is tied.

@@ -327,6 +327,7 @@ REAL = {  # texts of different lengths, some of them ended
 }
 
 
+@pytest.mark.real
 @torch.no_grad()
 def test_plain_transformers_gets_the_same_numbers(make_folder, make_tokenizer, shared, tmp_path):
     """Policies token by token; reward models on padded batches of texts, which end with every kind of end."""

@@ -199,6 +199,7 @@ def test_an_empty_prompt_begins_with_the_bos_of_a_tokenizer_that_has_it_first(ma
     torch.testing.assert_close(scores, truth.detach(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.real
 def test_real_tokenizers_from_one_to_the_other(make_scorer, shared, stories):
     """No space is lost between prompt and completion, and every stop token of the source is an end in the target."""
     source, target = (

@@ -95,6 +95,7 @@ def test_recorded_logprobs_are_those_of_a_teacher_forced_pass(make_policy, promp
     assert not rollout.logprobs.requires_grad
 
 
+@pytest.mark.real
 def test_real_weights(stories):
     """Greedy as transformers decodes, one prompt at a time; and sampled stories whose log-probs are true."""
     policy = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32).eval()
@@ -271,8 +272,8 @@ def test_choose_inverts_the_cumulative_sum(logits, uniform, temperature):
     token, total = tokens.item(), sum(weights)
     assert weights[token] > 0
     # Up to the rounding of float32 logits, the token is where the sum passes the number.
-    assert sum(weights[:token]) / total <= uniform + 1e-5
-    assert sum(weights[: token + 1]) / total >= uniform - 1e-5
+    assert sum(weights[:token]) / total <= uniform + 1e-4
+    assert sum(weights[: token + 1]) / total >= uniform - 1e-4
 
 
 def test_choose_at_temperature_zero_takes_the_likeliest():

@@ -292,6 +292,15 @@ def test_held_out_prompts_are_scored_at_the_end(train, material):
     assert abs(last["eval_kl"]) > 1e-3  # after the update, so not the reference any more
 
 
+def test_held_out_prompts_are_always_completed_with_the_same_draws(train, material):
+    run = train(
+        "ppo-head", eval_data=material / "prompts.jsonl", eval_every=1, max_steps=2, optim=OptimConfig(lr=1e-12)
+    )
+    first, second = run.metrics
+    assert first["eval_score"] == pytest.approx(second["eval_score"], abs=1e-6)
+    assert first["score"] != second["score"]  # while each rollout draws anew
+
+
 def test_a_value_model_needs_the_policys_vocabulary(configure, material, tmp_path):
     folder = tmp_path / "reward_model"
     folder.mkdir()

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def test_what_a_finished_run_leaves(tmp_path, capsys):
     assert from_dict(ToyConfig, yaml.safe_load((folder / "run.yaml").read_text())) == config
     about = json.loads((folder / "run.json").read_text())
     assert {name: about[name] for name in ("job", "seed", "total_steps")} == {"job": "toy", "seed": 0, "total_steps": 6}
-    assert about["versions"]["torch"] == torch.__version__
+    assert about["versions"]["torch"] == version("torch")
     assert about["versions"].keys() >= {"rlhf-core", "transformers", "safetensors"}
     assert [row["step"] for row in rows(config)] == [1, 2, 3, 4, 5, 6]
     assert capsys.readouterr().err.splitlines()[-1] == f"toy: the model is in {folder}"

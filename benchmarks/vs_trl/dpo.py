@@ -1,0 +1,302 @@
+"""One DPO step, forward and backward: rlhf_core against TRL on the CPU, same weights, same pairs, in one run.
+
+    python benchmarks/vs_trl/dpo.py [--steps 5] [--shape mixed|short|long] [--model deep|shallow] [--quick]
+
+Run it from the project's own environment; TRL gets one of its own (environment.py). Every contestant is a process that
+stays alive and makes one step when asked, so steps are interleaved: a change in the machine's load meets all of them.
+Before anything is timed, every loss and gradient is compared with the exact one, computed in float64 by a third party
+(truth_dpo.py); if one is wrong nothing is timed and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from environment import trl_python
+from material import MODELS, SHAPES, make_material, make_pairs, real_tokens
+from safetensors.torch import load_file
+from torch import Tensor
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[1]
+BETA = 0.1
+TOLERANCE = 2e-6  # relative error of the loss and of the whole gradient
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One contestant. `rival` is the one of ours that does the same work: reference in the step, or cached."""
+
+    name: str
+    script: str
+    options: tuple[str, ...] = ()
+    rival: str = "ours"
+
+
+ENTRIES = (
+    Entry("ours", "ours_dpo.py"),
+    Entry("TRL, defaults (checkpointing)", "trl_dpo.py", ("--checkpointing",)),
+    Entry("TRL, no checkpointing", "trl_dpo.py"),
+    Entry("ours, cached reference", "ours_dpo.py", ("--cached-reference",), rival="ours, cached reference"),
+    Entry("TRL's best: that, cached reference", "trl_dpo.py", ("--cached-reference",), rival="ours, cached reference"),
+)
+
+
+class Child:
+    """A contestant's process; see child.py for the conversation."""
+
+    def __init__(self, entry: Entry, python: Path, folder: Path, threads: int) -> None:
+        self.entry = entry
+        self.log = folder / f"{entry.name}.log"
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(threads),
+            "MKL_NUM_THREADS": str(threads),
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(folder / "huggingface"),  # no cache of an earlier run
+        }
+        ours = entry.script == "ours_dpo.py"
+        environment["PYTHONPATH"] = f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'kernels'}" if ours else ""
+        command = [python, HERE / entry.script, folder, f"--beta={BETA}", f"--threads={threads}", *entry.options]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            )
+        self.about = self._answer()
+        self.steps: list[dict] = []
+
+    def ask(self, **request: str) -> dict:
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            status = self.process.wait()
+            tail = "\n".join(self.log.read_text().splitlines()[-30:])
+            raise SystemExit(f"{self.entry.name!r} ended with status {status}. The end of its log:\n{tail}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each contestant")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="mixed")
+    parser.add_argument("--model", choices=sorted(MODELS), default="deep")
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trl", default="1.16.0", metavar="VERSION")
+    parser.add_argument("--quick", action="store_true", help="only show that it works: 1 step on 2 pairs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    args = parser.parse_args()
+    if args.quick:
+        args.steps, args.pairs = 1, 2
+    if args.steps < 1 or args.pairs < 1:
+        parser.error(f"--steps {args.steps} and --pairs {args.pairs} must be at least 1")
+
+    pythons = {"ours_dpo.py": Path(sys.executable), "trl_dpo.py": trl_python(args.trl)}
+    load = os.getloadavg()
+    pairs = make_pairs(SHAPES[args.shape], args.pairs, args.seed)
+    with tempfile.TemporaryDirectory(prefix="vs_trl_") as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        parameters = make_material(folder, args.model, pairs, args.seed)
+        children = []
+        for entry in ENTRIES:
+            say(f"loading: {entry.name}")
+            child = Child(entry, pythons[entry.script], folder, args.threads)
+            stack.callback(child.close)
+            children.append(child)
+        errors = check_parity(children, folder, args.threads)
+        for number in range(args.steps):
+            for child in children:
+                child.steps.append(child.ask(do="step"))
+                say(f"step {number + 1}/{args.steps}: {child.entry.name}: {child.steps[-1]['seconds']:.2f} s")
+
+    report = {
+        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "shape": {
+            "name": args.shape,
+            "prompt_tokens": SHAPES[args.shape].prompt,
+            "completion_tokens": SHAPES[args.shape].completion,
+            "pairs": args.pairs,
+            "real_tokens": real_tokens(pairs),
+        },
+        "model": {"name": args.model, "parameters": parameters, **MODELS[args.model]},
+        "beta": BETA,
+        "seed": args.seed,
+        "threads": args.threads,
+        "steps": args.steps,
+        "machine": machine(load),
+        "versions": {"ours": children[0].about["versions"], "trl": children[1].about["versions"]},
+        "results": results(children, errors, real_tokens(pairs)),
+    }
+    print_report(report)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def exact(folder: Path, threads: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Loss (and the largest log-prob sum in it) and gradient of the step in float64."""
+    say("referee: loss and gradient in float64")
+    path = folder / "exact.safetensors"
+    command = [sys.executable, HERE / "truth_dpo.py", folder, path, f"--beta={BETA}", f"--threads={threads}"]
+    done = subprocess.run(command, text=True, capture_output=True)
+    if done.returncode:
+        raise SystemExit(f"the referee ended with status {done.returncode}:\n{done.stderr}")
+    return json.loads(done.stdout), load_file(path)
+
+
+def check_parity(children: list[Child], folder: Path, threads: int) -> dict[str, dict[str, float]]:
+    """One step of each, which is also the warm-up. Ends the program unless all losses and gradients are the exact ones.
+
+    Ours must be within TOLERANCE. TRL adds up each sequence's log-probs in float32 before it subtracts the reference's,
+    so the margin in its sigmoid carries the rounding of four sums of some hundreds or thousands. Shifting the margin by
+    e moves -log sigmoid(beta * margin), and the weight of a pair in the gradient, by at most beta * e, relatively; TRL
+    is given that much more.
+    """
+    truth, truth_gradient = exact(folder, threads)
+    if abs(truth["loss"] - math.log(2)) < 1e-3:
+        raise SystemExit(f"the loss is {truth['loss']}, ln 2: policy and reference agree, which tests nothing")
+    half_unit = 2.0 ** (math.floor(math.log2(truth["largest_logprob_sum"])) - 24)  # float32 has 24 significant bits
+    allowed = {"ours_dpo.py": TOLERANCE, "trl_dpo.py": TOLERANCE + BETA * 4 * half_unit}
+
+    errors, gradients, wrong = {}, {}, []
+    for child in children:
+        name = child.entry.name
+        say(f"warm-up and gradients: {name}")
+        loss = child.ask(do="step")["loss"]
+        path = folder / f"{name}.safetensors"  # a file each: what load_file returns may still be reading it
+        child.ask(do="save", path=str(path))
+        gradient = load_file(path)
+        if gradient.keys() != truth_gradient.keys():
+            raise SystemExit(f"{name!r} has other parameters: {sorted(gradient.keys() ^ truth_gradient.keys())}")
+        gradients.setdefault(child.entry.script, gradient)
+        errors[name] = {
+            "loss": loss,
+            "loss_error": abs(loss / truth["loss"] - 1),
+            "gradient_error": relative_distance(gradient, truth_gradient),
+            "gradient_from_ours": relative_distance(gradient, gradients["ours_dpo.py"]),
+            "allowed_error": allowed[child.entry.script],
+        }
+        # `not <=` rather than `>`, so that NaN counts as wrong
+        if not max(errors[name]["loss_error"], errors[name]["gradient_error"]) <= allowed[child.entry.script]:
+            wrong.append(f"  {name}: {errors[name]}")
+    if wrong:
+        raise SystemExit(
+            "NOT THE SAME STEP, so nothing was timed. Relative to the exact loss and gradient "
+            f"(loss {truth['loss']!r}) these are further off than rounding explains:\n" + "\n".join(wrong)
+        )
+    return errors
+
+
+def relative_distance(gradient: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
+    """||gradient - truth|| / ||truth||, all parameters taken as one vector."""
+    apart = sum((gradient[name].double() - truth[name].double()).square().sum() for name in truth)
+    return (apart / sum(tensor.double().square().sum() for tensor in truth.values())).sqrt().item()
+
+
+def results(children: list[Child], errors: dict[str, dict[str, float]], tokens: int) -> list[dict]:
+    rows = {}
+    for child in children:
+        seconds = [step["seconds"] for step in child.steps]
+        rows[child.entry.name] = {
+            "name": child.entry.name,
+            "rival": child.entry.rival,
+            "seconds": statistics.median(seconds),
+            "seconds_of_each_step": seconds,
+            "cpu_seconds": min(step["cpu_seconds"] for step in child.steps),
+            "real_tokens_per_second": tokens / statistics.median(seconds),
+            "added_peak_mib": max(step["added_mib"] for step in child.steps),
+            "positions": child.about["positions"],
+            **errors[child.entry.name],
+        }
+    for row in rows.values():
+        row["times_ours"] = row["seconds"] / rows[row["rival"]]["seconds"]
+        row["memory_times_ours"] = row["added_peak_mib"] / rows[row["rival"]]["added_peak_mib"]
+    return list(rows.values())
+
+
+def print_report(report: dict) -> None:
+    shape = report["shape"]
+    prompt, completion = shape["prompt_tokens"], shape["completion_tokens"]
+    print(f"\nDPO step (forward + backward, no optimizer), sigmoid loss, beta {report['beta']}, float32")
+    print(
+        f"  batch     {shape['pairs']} pairs, shape {shape['name']}: prompts of {prompt[0]}-{prompt[1]} tokens, "
+        f"completions of {completion[0]}-{completion[1]}; {shape['real_tokens']} real tokens; seed {report['seed']}"
+    )
+    model = report["model"]
+    print(
+        f"  model     Llama, {model['name']}: {model['parameters'] / 1e6:.1f}M parameters, vocabulary 32,000, "
+        f"{model['num_hidden_layers']} layers of {model['hidden_size']}, "
+        f"{'tied' if model['tie_word_embeddings'] else 'untied'} head"
+    )
+    for side, found in report["versions"].items():
+        print(f"  {side:<9} {', '.join(f'{package} {number}' for package, number in found.items())}")
+    print(
+        f"  machine   {report['machine']['processor']}, {report['machine']['cores']} cores, "
+        f"{report['machine']['system']}, Python {report['machine']['python']}; {report['threads']} threads; "
+        f"load average when it began {report['machine']['load']}"
+    )
+    print(f"  command   {report['command']}")
+    print(
+        f"\n{'':<36}{'s/step':>8}{'min':>8}{'cpu s':>8}{'real tok/s':>12}{'positions':>11}{'added MiB':>11}"
+        f"{'time':>8}{'memory':>8}{'loss err':>10}{'grad err':>10}{'from ours':>11}"
+    )
+    for row in report["results"]:
+        print(
+            f"{row['name']:<36}{row['seconds']:>8.3f}{min(row['seconds_of_each_step']):>8.3f}"
+            f"{row['cpu_seconds']:>8.3f}{row['real_tokens_per_second']:>12.0f}{row['positions']:>11}"
+            f"{row['added_peak_mib']:>11.0f}{row['times_ours']:>7.2f}x{row['memory_times_ours']:>7.2f}x"
+            f"{row['loss_error']:>10.1e}{row['gradient_error']:>10.1e}"
+            f"{row['gradient_from_ours']:>11.1e}"
+        )
+    print(
+        f"""
+s/step, min     median and least of {report["steps"]} steps; cpu s: least processor time, all threads together
+real tok/s      tokens of all sequences without padding, a pair's prompt counted twice, over s/step
+positions       what goes through the policy, padding included
+added MiB       peak resident memory in a step, above what was resident after loading
+time, memory    s/step and added MiB over ours with the same treatment of the reference
+loss, grad err  relative error of the loss and of the whole gradient against float64; from ours: the gradient"""
+    )
+
+
+def machine(load: tuple[float, ...]) -> dict:
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                processor = line.split(":", 1)[1].strip()
+                break
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "load": [round(average, 2) for average in load],
+    }
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
