@@ -9,8 +9,8 @@ transformers' own sdpa attention, so a model needs to be switched only once.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -84,8 +84,7 @@ def _group_mask(prefix: int, length: int, window: int | None, device: torch.devi
     return mask if window is None else mask.triu(prefix - window + 1)
 
 
-_walking: contextvars.ContextVar[set[int | None] | None]
-_walking = contextvars.ContextVar("rlhf_core_packed_forward", default=None)
+_walking: ContextVar[set[int | None] | None] = ContextVar("rlhf_core_packed_forward", default=None)
 
 
 @contextlib.contextmanager
