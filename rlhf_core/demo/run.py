@@ -7,6 +7,7 @@ Everything is done by the same functions that `rlhf sft`, `rlhf reward`, `rlhf p
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 import shutil
@@ -47,6 +48,8 @@ class DemoConfig(Settings):
 
 def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
     """Run it all; prints and returns the table {model: {column: value}}."""
+    if importlib.util.find_spec("matplotlib") is None:  # said now, not after minutes of training
+        raise ImportError("the demo draws its curves with matplotlib: pip install 'rlhf-core[plots]'")
     started = time.monotonic()
     folder = Path(config.output)
     if folder.exists() and any(folder.iterdir()):

@@ -56,7 +56,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     """The numbers, also printed as a small table."""
     model, tokenizer = load_policy(config.model.path, device=config.device, **config.model.options())
     freeze(model)
-    baseline = load_reference(config.baseline.path, device=config.device, **config.baseline.options())
+    baseline = load_reference(
+        config.baseline.path, policy_tokenizer=tokenizer, device=config.device, **config.baseline.options()
+    )
     if config.reward_function is not None:
         reward = function_reward(import_function(config.reward_function), tokenizer)
     else:

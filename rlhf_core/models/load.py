@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -54,9 +55,17 @@ def load_policy(
     return model.to(device or default_device()).train(), tokenizer
 
 
-def load_reference(path: str | Path, **options: Any) -> PreTrainedModel:
-    """A frozen policy in evaluation mode. Options as for `load_policy`."""
-    return freeze(load_policy(path, **options)[0])
+def load_reference(
+    path: str | Path, *, policy_tokenizer: PreTrainedTokenizerBase | None = None, **options: Any
+) -> PreTrainedModel:
+    """A frozen policy in evaluation mode. Options as for `load_policy`.
+
+    Raises ValueError where its token ids mean something else to `policy_tokenizer`, if that is given.
+    """
+    reference, tokenizer = load_policy(path, **options)
+    if policy_tokenizer is not None and not same_vocabulary(tokenizer, policy_tokenizer):
+        raise ValueError(f"{path}: its vocabulary is not the policy's, so their log-probs cannot be compared")
+    return freeze(reference)
 
 
 def load_reward_model(
@@ -112,6 +121,13 @@ def save_model(folder: str | Path, model: PreTrainedModel, tokenizer: PreTrained
         tokenizer.save_pretrained(folder)
 
 
+def same_vocabulary(tokenizer: Any, other: Any) -> bool:
+    """True where ids mean the same, but for a pad token that only one has: reward models are given one of their own."""
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    extra = {tokenizer.pad_token, other.pad_token} - (ours.keys() & theirs.keys())
+    return all(token in extra for token, _ in ours.items() ^ theirs.items())
+
+
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, path: str | Path) -> None:
     """ValueError if the tokenizer knows ids that the model has no embedding for."""
     rows = model.get_input_embeddings().num_embeddings
@@ -152,8 +168,11 @@ def _load(auto_class: type, path: str | Path, dtype: str, options: dict[str, Any
     quiet = copy.deepcopy(config)
     for name in dropouts:
         setattr(quiet, name, 0.0)
-    with _quiet_transformers():
-        model = auto_class.from_pretrained(path, config=quiet, dtype=DTYPES[dtype], **options)
+    try:
+        with _quiet_transformers():
+            model = auto_class.from_pretrained(path, config=quiet, dtype=DTYPES[dtype], **options)
+    except SafetensorError as error:
+        raise OSError(f"{path}: its weights cannot be read ({error})") from error
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rlhf_core.batch import PackedBatch
 from rlhf_core.config import ModelConfig
 from rlhf_core.models.forward import Layout, sequence_scores
-from rlhf_core.models.load import freeze, load_reward_model
+from rlhf_core.models.load import freeze, load_reward_model, same_vocabulary
 from rlhf_core.rollout.sampling import evaluating
 
 Reward = Callable[[list[list[int]], list[list[int]], list[dict[str, Any]]], Tensor]
@@ -106,13 +106,6 @@ def import_function(name: str) -> Callable[..., Any]:
     if not callable(function):
         raise ValueError(f"{name!r}: {module_name} has no function {function_name}")
     return function
-
-
-def same_vocabulary(tokenizer: Any, other: Any) -> bool:
-    """True where ids mean the same, but for a pad token that only one has: reward models are given one of their own."""
-    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
-    extra = {tokenizer.pad_token, other.pad_token} - (ours.keys() & theirs.keys())
-    return all(token in extra for token, _ in ours.items() ^ theirs.items())
 
 
 def _translate(

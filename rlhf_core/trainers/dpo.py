@@ -54,7 +54,7 @@ def train(config: DPOConfig) -> dict[str, float]:
     reference = None
     if PREFERENCE_LOSSES[config.loss].needs_reference:
         source = config.reference or config.model
-        reference = load_reference(source.path, device=config.device, **source.options())
+        reference = load_reference(source.path, policy_tokenizer=tokenizer, device=config.device, **source.options())
     examples = load_examples(config.data, tokenizer, need="preference", model=policy)
     held_out = load_examples(config.eval_data, tokenizer, need="preference", model=policy) if config.eval_data else []
     optimizer = build_optimizer([policy], config.optim)
@@ -78,7 +78,7 @@ def train(config: DPOConfig) -> dict[str, float]:
             if held_out and run.evaluate_now(step):
                 evaluation = evaluate(policy, held_out, config, loss_of)
                 metrics |= evaluation
-            run.log(step, metrics, show=("loss", "accuracy", "eval_accuracy", "margin"))
+            run.log(step, metrics, show=("loss", "accuracy", "eval_accuracy"))
         run.save(lambda folder: save_model(folder, policy, tokenizer), summary=evaluation)
     return evaluation
 

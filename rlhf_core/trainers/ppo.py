@@ -29,11 +29,18 @@ from rlhf_core.losses.policy import policy_loss
 from rlhf_core.losses.value import explained_variance, value_loss
 from rlhf_core.models.forward import PolicyOutputs, device_of, policy_outputs, token_values
 from rlhf_core.models.heads import ValueHead
-from rlhf_core.models.load import load_policy, load_reference, load_tokenizer, load_value_model, save_model
+from rlhf_core.models.load import (
+    load_policy,
+    load_reference,
+    load_tokenizer,
+    load_value_model,
+    same_vocabulary,
+    save_model,
+)
 from rlhf_core.ops.advantages import gae
 from rlhf_core.ops.kl import kl_penalty
 from rlhf_core.ops.masked import masked_mean, masked_whiten
-from rlhf_core.rollout.rewards import Reward, function_reward, import_function, load_model_reward, same_vocabulary
+from rlhf_core.rollout.rewards import Reward, function_reward, import_function, load_model_reward
 from rlhf_core.rollout.sampling import Rollout, sample, sampling_disagreement
 from rlhf_core.seeding import generator
 from rlhf_core.training.metrics import Averages
@@ -111,7 +118,7 @@ def train(config: PPOConfig) -> dict[str, float]:
     torch.manual_seed(config.seed)
     policy, tokenizer = load_policy(config.model.path, device=config.device, **config.model.options())
     source = config.reference or config.model
-    reference = load_reference(source.path, device=config.device, **source.options())
+    reference = load_reference(source.path, policy_tokenizer=tokenizer, device=config.device, **source.options())
     critic = load_critic(config, policy)
     reward = load_reward(config, tokenizer)
     options = dict(need="prompts", model=policy, reserve=config.sampling.max_new_tokens)

@@ -63,7 +63,7 @@ def train(config: RewardConfig) -> dict[str, float]:
             if held_out and run.evaluate_now(step):
                 evaluation = evaluate(model, held_out, config)
                 metrics |= evaluation
-            run.log(step, metrics, show=("loss", "accuracy", "eval_accuracy", "margin"))
+            run.log(step, metrics, show=("loss", "accuracy", "eval_accuracy"))
         run.save(lambda folder: save_model(folder, model, tokenizer), summary=evaluation)
     return evaluation
 

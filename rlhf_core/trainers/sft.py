@@ -61,7 +61,7 @@ def train(config: SFTConfig) -> dict[str, float]:
             if held_out and run.evaluate_now(step):
                 evaluation = evaluate(policy, held_out, config)
                 metrics |= evaluation
-            run.log(step, metrics, show=("nll", "eval_nll", "grad_norm", "lr"))
+            run.log(step, metrics, show=("nll", "eval_nll", "lr"))
         run.save(lambda folder: save_model(folder, policy, tokenizer), summary=evaluation)
     return evaluation
 

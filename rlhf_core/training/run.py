@@ -130,7 +130,7 @@ class Run:
             self._bar.write(text, file=sys.stderr)
 
     def save(self, write: Callable[[Path], None], summary: Mapping[str, float] | None = None) -> None:
-        """Write the trained model into the run's folder, all of it or nothing, and say the last word."""
+        """Write the trained model into the run's folder, no file of it by halves, and say the last word."""
         temporary = self.folder / ".saving"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()

@@ -100,6 +100,22 @@ def test_a_reference_is_frozen(make_folder):
     assert not any(module.training for module in reference.modules())
 
 
+def test_a_reference_with_another_vocabulary_is_refused(make_folder, make_tokenizer):
+    folder = make_folder()
+    load_reference(folder, policy_tokenizer=load_tokenizer(folder))
+    with pytest.raises(ValueError, match=f"{folder}: its vocabulary is not the policy's"):
+        load_reference(folder, policy_tokenizer=make_tokenizer(unk_token=0, bos_token=3, eos_token=2))
+
+
+@every_loader
+def test_weights_that_cannot_be_read_are_said_with_their_folder(make_folder, load):
+    folder = make_folder()
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(OSError, match=f"{folder}: its weights cannot be read"):
+        load(folder)
+
+
 @every_loader
 @pytest.mark.parametrize(
     ("family", "settings"),

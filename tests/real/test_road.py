@@ -73,6 +73,7 @@ def test_sft_lowers_the_held_out_loss(shared: Path, stories: Path, tmp_path: Pat
     )
     before = sft.evaluate(policy, load_examples(held_out, tokenizer, need="supervised", model=policy), config)
     after = sft.train(config)
+    print(f"\nSFT on sft_rasbt: held-out NLL {before['eval_nll']:.2f} -> {after['eval_nll']:.2f}")
     assert after["eval_nll"] <= 0.8 * before["eval_nll"], (before, after)
 
 
@@ -88,10 +89,12 @@ def test_reward_model_learns_politeness(shared: Path, stories: Path, tmp_path: P
             progress=False,
         )
     )
+    print(f"\nreward model on pref_rasbt: held-out accuracy {numbers['eval_accuracy']:.3f}")
     assert numbers["eval_accuracy"] >= 0.82, numbers
 
 
 def test_reward_model_learns_sentiment(sentiment_reward):
+    print(f"\nreward model on sentiment_sentences: held-out accuracy {sentiment_reward[1]['eval_accuracy']:.3f}")
     assert sentiment_reward[1]["eval_accuracy"] >= 0.70, sentiment_reward[1]
 
 
@@ -107,6 +110,7 @@ def test_dpo_learns_politeness(shared: Path, stories: Path, tmp_path: Path):
             progress=False,
         )
     )
+    print(f"\nDPO on pref_rasbt: held-out accuracy {numbers['eval_accuracy']:.3f}")
     assert numbers["eval_accuracy"] >= 0.80, numbers
     assert metrics(tmp_path / "dpo")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
