@@ -1,7 +1,8 @@
 """What sharing a prompt between two completions buys in a DPO step (forward and backward, reference included).
 
 One row a shape; `shared` computes the prompt once, `apart` repeats it for each completion, `auto` decides by
-itself. The ratio is time apart over time auto: never below 0.97 is the promise where prompts are short.
+itself. The ratio is time apart over time auto; the aim is 0.97 or more where prompts are
+short. Rows where auto does not share compute the same twice: how far they are from 1 is the noise of the machine.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ class ModelConfig(Settings):
     layout: Literal["auto", "packed", "padded"] = "auto"
     """How sequences go through the model; auto is packed where a probe finds that it gives the same numbers."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, more time."""
     revision: str | None = None
     """Branch, tag or commit of a hub name."""
     trust_remote_code: bool = False

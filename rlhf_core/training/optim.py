@@ -18,7 +18,7 @@ def build_optimizer(modules: Iterable[nn.Module], config: OptimConfig) -> torch.
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    # One fused kernel over all parameters: about three times faster than the default on a CPU.
+    # One fused kernel over all parameters instead of a loop over each.
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
