@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module imports its own floor or a lower one. `rlhf_core/__init__.py` is the front door: it reaches every floor, so
 # only the top floor may come in through it (and anyone may ask it for `__version__`).
 FLOORS = {
-    "batch": 0, "config": 0, "seeding": 0,
+    "batch": 0, "config": 0, "plugins": 0, "seeding": 0,
     "ops": 1, "losses": 1,
     "data": 2, "models": 2, "control": 2,
     "rollout": 3, "training": 3, "evaluation": 3, "feedback": 3,

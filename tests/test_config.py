@@ -293,7 +293,7 @@ def test_a_group_that_may_be_left_out_can_be_switched_off_again():
 TOGETHER = {  # settings that exclude one another, and names that must exist
     SFTConfig: {"overwrite": False},
     RewardConfig: {"overwrite": False},
-    DPOConfig: {"overwrite": False, "loss": "sigmoid"},
+    DPOConfig: {"overwrite": False, "loss": "sigmoid", "loss_module": "math"},
     PPOConfig: {"overwrite": False, "reward_function": None},
     GenerateConfig: {"prompt": None},
     EvaluateConfig: {"reward_function": None},

@@ -16,7 +16,8 @@ from rlhf_core.data.tokenize import Example, stop_ids
 from rlhf_core.evaluation.win_rate import win_rate
 from rlhf_core.models.forward import token_logprobs
 from rlhf_core.models.load import freeze, load_policy, load_reference
-from rlhf_core.rollout.rewards import Reward, function_reward, import_function, load_model_reward
+from rlhf_core.plugins import import_function
+from rlhf_core.rollout.rewards import Reward, function_reward, load_model_reward
 from rlhf_core.rollout.sampling import Rollout, sample
 from rlhf_core.seeding import generator
 

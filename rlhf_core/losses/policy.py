@@ -1,13 +1,75 @@
-"""Policy-gradient losses over sampled tokens."""
+"""Policy-gradient losses over sampled tokens.
+
+Three choices make one, each with a name of its own:
+
+    surrogate      what a token contributes: the functions below, entries of POLICY_LOSSES
+    ratio_level    the ratio new / behaviour of one "token", or of the whole "sequence": its geometric mean (GSPO)
+    aggregation    how tokens become one number: "token", "sequence", "sequence_sum", "max_length" (`masked_aggregate`)
+
+A published algorithm is a name for one combination: GRPO is the clipped surrogate averaged within each completion
+first, DAPO the same averaged over tokens, Dr. GRPO the same divided by a constant length. Any of the three can be
+overridden: `policy_loss("grpo", ..., aggregation="token")`.
+
+The KL to the reference, the entropy bonus and the pretraining mix are terms of their own (`kl_loss`, `entropy_bonus`,
+`ptx_loss`), to be added.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_core.ops.masked import masked_mean, masked_sum
+from rlhf_core.losses.registry import look_up, require, share_options
+from rlhf_core.losses.sft import sft_loss
+from rlhf_core.ops.kl import kl_estimate, warn_about_kl
+from rlhf_core.ops.masked import masked_aggregate, masked_mean, masked_sum, pick, require_tokens
+
+
+@dataclass(frozen=True)
+class PolicyTerms:
+    """What a surrogate is made of, each (B, T), 0 outside the mask."""
+
+    new_logprobs: Tensor  # with gradient
+    log_ratio: Tensor  # new minus behaviour, of the token or of the whole sequence; with gradient
+    advantages: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """One entry of the table: a surrogate with the ratio and the aggregation that its paper uses."""
+
+    surrogate: Callable[..., Any]
+    aggregation: str = "token"
+    ratio_level: str = "token"
+    weights: bool = True
+    """Importance weights may multiply it."""
+
+
+POLICY_LOSSES: dict[str, PolicyLoss] = {}
+
+
+def register_policy_loss(
+    name: str, *, aggregation: str = "token", ratio_level: str = "token", weights: bool = True
+) -> Callable:
+    """Decorator: `surrogate(terms, *, options)` gives each token's loss, (B, T), to be minimised.
+
+    It may return a pair instead, the losses and a bool (B, T) of tokens that it clipped, gauged as `clip_fraction`.
+    Raises ValueError for a name that is taken.
+    """
+
+    def register(surrogate: Callable[..., Any]) -> Callable[..., Any]:
+        if name in POLICY_LOSSES:
+            raise ValueError(f"a policy loss named {name!r} is registered already")
+        POLICY_LOSSES[name] = PolicyLoss(surrogate, aggregation, ratio_level, weights)
+        return surrogate
+
+    return register
 
 
 def policy_loss(
@@ -17,36 +79,319 @@ def policy_loss(
     logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    clip: float = 0.2,
+    ratio_level: str | None = None,
+    aggregation: str | None = None,
     normalizer: float | Tensor | None = None,
+    max_length: int | None = None,
+    weights: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped surrogate, the mean over completion tokens (Schulman et al. 2017, arXiv:1707.06347, eq. 7).
-
-        -mean min(ratio * A, clamp(ratio, 1 - clip, 1 + clip) * A),   ratio = exp(new_logprobs - logprobs)
+    """The named surrogate over sampled tokens, aggregated to one number.
 
     Args:
-        new_logprobs: (B, T) under the policy now, with gradient. logprobs: (B, T) when sampled. advantages: (B, T).
-        mask: (B, T) bool. clip: more than 0.
-        normalizer: divide by this instead of the local count of tokens (see `sft_loss`).
+        new_logprobs: (B, T) under the policy now, with gradient. logprobs: (B, T) when sampled.
+        advantages: (B, T), or (B,) or (B, 1) for one a completion. mask: (B, T) bool.
+        ratio_level: "token" or "sequence"; the entry's own if None.
+        aggregation, normalizer, max_length: see `masked_aggregate`; the entry's own aggregation if None.
+        weights: (B, T) or (B, 1) factors of each token's loss without gradient, such as `importance_weights`.
+        options: keyword-only parameters of the surrogate, for the clipped ones `clip`, `clip_high`, `dual_clip`.
 
     Returns:
         the loss, a scalar, and stats over unmasked tokens: `approx_kl`, the k3 estimate of KL(behaviour || new),
-        `clip_fraction`, `ratio_max`. A ratio that overflows is clipped where A >= 0; where A < 0 the loss is infinite.
+        `ratio_max`, and `clip_fraction` where the surrogate clips. Nothing is clamped but what the formula clips: a
+        ratio that overflows where A < 0 and no dual clip holds it gives an infinite loss.
+
+    Raises ValueError for an unknown name or option, a parameter out of range, or a mask that is False everywhere while
+    no normalizer is given.
     """
-    if name != "ppo":
-        raise ValueError(f"no policy loss named {name!r}; there is 'ppo'")
-    if not clip > 0:
-        raise ValueError(f"clip={clip}: expected more than 0")
+    entry = look_up(POLICY_LOSSES, name, "policy loss")
+    own = share_options({name: entry.surrogate}, options)[name]
+    require_tokens(mask, normalizer)
+    if weights is not None and not entry.weights:
+        raise ValueError(
+            f"weights: {name!r} bends its importance ratio, so give it the sampling engine's log-probs as `logprobs`"
+        )
     log_ratio = torch.where(mask, new_logprobs - logprobs, 0.0)
-    ratio = log_ratio.exp()
-    # Where A >= 0 the minimum never sees a ratio above 1 + clip. Cut before exp, whose gradient would be 0 * inf.
-    cut = torch.where(advantages >= 0, log_ratio.clamp(max=math.log1p(clip)), log_ratio).exp()
-    surrogate = torch.minimum(cut * advantages, cut.clamp(1 - clip, 1 + clip) * advantages)
-    loss = -masked_sum(surrogate, mask) / (mask.sum().clamp(min=1) if normalizer is None else normalizer)
+    terms = PolicyTerms(
+        new_logprobs=torch.where(mask, new_logprobs, 0.0),
+        log_ratio=_at_level(log_ratio, mask, ratio_level or entry.ratio_level),
+        advantages=torch.where(mask, advantages[:, None] if advantages.dim() == 1 else advantages, 0.0),
+        mask=mask,
+    )
+    losses = entry.surrogate(terms, **own)
+    losses, clipped = losses if isinstance(losses, tuple) else (losses, None)
+    if weights is not None:
+        losses = losses * weights.detach()
+    loss = masked_aggregate(
+        losses, mask, aggregation or entry.aggregation, normalizer=normalizer, max_length=max_length
+    )
     with torch.no_grad():
         stats = {
             "approx_kl": masked_mean(torch.expm1(log_ratio) - log_ratio, mask),
-            "clip_fraction": masked_mean(((ratio - 1).abs() > clip).float(), mask),
-            "ratio_max": torch.where(mask, ratio, 0.0).max(),
+            "ratio_max": torch.where(mask, log_ratio.exp(), 0.0).max(),
         }
+        if clipped is not None:
+            stats["clip_fraction"] = masked_mean(clipped.float(), mask)
     return loss, stats
+
+
+def _at_level(log_ratio: Tensor, mask: Tensor, ratio_level: str) -> Tensor:
+    """Log-ratios of tokens; or the mean over a sequence's tokens, at each of them (GSPO, arXiv:2507.18071, eq. 7)."""
+    require(ratio_level in ("token", "sequence"), "ratio_level", repr(ratio_level), "'token' or 'sequence'")
+    if ratio_level == "token":
+        return log_ratio
+    return masked_mean(log_ratio, mask, -1)[:, None].expand_as(log_ratio)
+
+
+# ------------------------------------------------------------------------------------------------------- the surrogates
+
+
+@register_policy_loss("ppo")
+@register_policy_loss("dapo")
+@register_policy_loss("bnpo")
+@register_policy_loss("grpo", aggregation="sequence")
+@register_policy_loss("dr_grpo", aggregation="max_length")
+@register_policy_loss("gspo", aggregation="sequence", ratio_level="sequence")
+@register_policy_loss("luspo", aggregation="sequence_sum", ratio_level="sequence")
+def clipped_surrogate(
+    terms: PolicyTerms, *, clip: float = 0.2, clip_high: float | None = None, dual_clip: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """PPO's clipped surrogate (Schulman et al. 2017, arXiv:1707.06347, eq. 7).
+
+        -min(ratio A, clamp(ratio, 1 - clip, 1 + clip_high) A)
+
+    `clip_high` apart from `clip` is DAPO's clip-higher (arXiv:2503.14476, eq. 8; 0.28 there). `dual_clip` c > 1 bounds
+    the loss where A < 0 by -c A (Ye et al. 2020, arXiv:1912.09729, eq. 5); TRL calls it delta.
+    """
+    high = clip if clip_high is None else clip_high
+    require(clip > 0, "clip", clip, "more than 0")
+    require(high > 0, "clip_high", high, "more than 0")
+    require(dual_clip is None or dual_clip > 1 + high, "dual_clip", dual_clip, f"more than 1 + clip_high = {1 + high}")
+    # Where A >= 0 the minimum never sees a ratio above 1 + high. Cut before exp, whose gradient would be 0 * inf.
+    worst = math.inf if dual_clip is None else math.log(dual_clip)
+    ratio = terms.log_ratio.clamp(max=pick(terms.advantages >= 0, math.log1p(high), worst, terms.log_ratio)).exp()
+    surrogate = torch.minimum(ratio * terms.advantages, ratio.clamp(1 - clip, 1 + high) * terms.advantages)
+    exact = terms.log_ratio.detach().exp()
+    return -surrogate, (exact < 1 - clip) | (exact > 1 + high)
+
+
+@register_policy_loss("reinforce", aggregation="sequence_sum")
+def reinforce(terms: PolicyTerms) -> Tensor:
+    """REINFORCE (Williams 1992): the score function, on policy, without a ratio.
+
+    -A log pi(token)
+    """
+    return -terms.advantages * terms.new_logprobs
+
+
+@register_policy_loss("cispo")
+def cispo(terms: PolicyTerms, *, ratio_max: float = 5.0) -> tuple[Tensor, Tensor]:
+    """CISPO: the ratio is cut, the token is not (MiniMax-M1, arXiv:2506.13585, eq. 4; ratio_max 5: arXiv:2510.13786).
+
+    -stop_gradient(min(ratio, ratio_max)) A log pi(token)
+    """
+    require(ratio_max > 0, "ratio_max", ratio_max, "more than 0")
+    ratio = terms.log_ratio.detach().exp()
+    return -ratio.clamp(max=ratio_max) * terms.advantages * terms.new_logprobs, ratio > ratio_max
+
+
+@register_policy_loss("sapo", aggregation="sequence")
+def sapo(terms: PolicyTerms, *, temperature_pos: float = 1.0, temperature_neg: float = 1.05) -> Tensor:
+    """SAPO: a soft gate in place of the clip (Gao et al. 2025, arXiv:2511.20347, eq. 5 and 6).
+
+    -4 / tau sigmoid(tau (ratio - 1)) A,   tau = temperature_pos where A > 0, else temperature_neg
+    """
+    for name, value in (("temperature_pos", temperature_pos), ("temperature_neg", temperature_neg)):
+        require(0 < value < math.inf, name, value, "more than 0")
+    tau = pick(terms.advantages > 0, temperature_pos, temperature_neg, terms.log_ratio)
+    # Past tau (ratio - 1) = 750 the sigmoid is 1 and its slope 0 in any float; there exp's gradient would be 0 * inf.
+    ratio = terms.log_ratio.clamp(max=torch.log1p(750 / tau)).exp()
+    return -4 / tau * (tau * (ratio - 1)).sigmoid() * terms.advantages
+
+
+@register_policy_loss("gmpo", aggregation="sequence")
+def gmpo(terms: PolicyTerms, *, clip: float = 0.4, clip_high: float | None = None) -> tuple[Tensor, Tensor]:
+    """GMPO: the geometric mean of clipped ratios (Zhao et al. 2025, arXiv:2507.20673, eq. 4).
+
+        -exp(mean over tokens of clipped log-ratio) A
+        clipped: min(log ratio, clip_high) where A >= 0, max(log ratio, -clip) where A < 0
+
+    The clip is on log-ratios: 0.4 allows e^-0.4 to e^0.4. A is one number a completion; of (B, T) advantages the mean.
+    """
+    high = clip if clip_high is None else clip_high
+    require(clip > 0, "clip", clip, "more than 0")
+    require(high > 0, "clip_high", high, "more than 0")
+    advantage = masked_mean(terms.advantages, terms.mask, -1)[:, None]
+    cut = torch.where(advantage >= 0, terms.log_ratio.clamp(max=high), terms.log_ratio.clamp(min=-clip))
+    loss = -masked_mean(cut, terms.mask, -1)[:, None].exp() * advantage
+    return loss.expand_as(cut), cut.detach() != terms.log_ratio.detach()
+
+
+@register_policy_loss("vespo", weights=False)
+def vespo(
+    terms: PolicyTerms,
+    *,
+    k_pos: float = 2.0,
+    lambda_pos: float = 3.0,
+    k_neg: float = 3.0,
+    lambda_neg: float = 2.0,
+) -> Tensor:
+    """VESPO: a gamma-shaped weight of the sequence's ratio (arXiv:2602.10693).
+
+    -stop_gradient(phi(w)) A log pi(token),   phi(w) = e^lambda w^k e^(-lambda w),   phi(1) = 1
+    w = product of the tokens' ratios;   k, lambda by the sign of A
+    """
+    for name, value in (("k_pos", k_pos), ("lambda_pos", lambda_pos), ("k_neg", k_neg), ("lambda_neg", lambda_neg)):
+        require(0 < value < math.inf, name, value, "more than 0")
+    log_w = masked_sum(terms.log_ratio.detach(), terms.mask, -1)[:, None]
+    good = terms.advantages >= 0
+    k, lam = (pick(good, *pair, terms.log_ratio) for pair in ((k_pos, k_neg), (lambda_pos, lambda_neg)))
+    # In logs: w^k overflows long after e^(-lambda w) has made the weight 0.
+    phi = (lam + k * log_w - lam * log_w.exp()).exp()
+    return -phi * terms.advantages * terms.new_logprobs
+
+
+# ------------------------------------------------------------------------------------------------- what else is added
+
+
+def kl_loss(
+    new_logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    estimator: str = "k2",
+    logprobs: Tensor | None = None,
+    ratio_level: str = "token",
+    aggregation: str = "token",
+    normalizer: float | Tensor | None = None,
+    max_length: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The KL to the reference as a loss term on sampled tokens; multiply by a price and add.
+
+    On its own, "k2" has the gradient of the KL, "k1" none at all and "k3" that of the other direction. Given
+    `logprobs`, the log-probs when sampled, each estimate is multiplied by the ratio new / behaviour, whose gradient
+    puts "k1" and "k3" right (DeepSeek-V3.2, arXiv:2512.02556) and "k2" wrong. A wrong one warns: see ops/kl.py.
+
+    Args:
+        new_logprobs: (B, T) with gradient. ref_logprobs, logprobs: (B, T). mask: (B, T) bool.
+        ratio_level: of the ratio, as in `policy_loss`. aggregation, normalizer, max_length: see `masked_aggregate`.
+
+    Returns:
+        the loss, a scalar, and stats: `kl`, the estimate's mean over tokens.
+    """
+    warn_about_kl(estimator, "loss" if logprobs is None else "weighted loss")
+    new_logprobs, ref_logprobs = torch.where(mask, new_logprobs, 0.0), torch.where(mask, ref_logprobs, 0.0)
+    kl = kl_estimate(new_logprobs, ref_logprobs, estimator=estimator)
+    weighted = kl
+    if logprobs is not None:
+        log_ratio = torch.where(mask, new_logprobs - logprobs, 0.0)
+        weighted = kl * _at_level(log_ratio, mask, ratio_level).exp()
+    loss = masked_aggregate(weighted, mask, aggregation, normalizer=normalizer, max_length=max_length)
+    return loss, {"kl": masked_mean(kl.detach(), mask)}
+
+
+def entropy_bonus(
+    entropy: Tensor,
+    mask: Tensor,
+    *,
+    entropy_coef: float,
+    aggregation: str = "token",
+    normalizer: float | Tensor | None = None,
+    max_length: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-entropy_coef times the policy's mean entropy (Williams and Peng 1991), in nats a token, to be added to a loss.
+
+    Args:
+        entropy: (B, T) of the whole distribution at each token, with gradient (`vocab_statistics`: dH / dz_v =
+            -p_v (log p_v + H)). The log-probs of sampled tokens will not do: E[-grad log p] is 0. mask: (B, T) bool.
+        entropy_coef: 0 or more. aggregation, normalizer, max_length: see `masked_aggregate`.
+
+    Returns:
+        the loss term, a scalar, and stats: `entropy`, the mean over tokens.
+    """
+    require(entropy_coef >= 0, "entropy_coef", entropy_coef, "0 or more")
+    mean = masked_aggregate(entropy, mask, aggregation, normalizer=normalizer, max_length=max_length)
+    return -entropy_coef * mean, {"entropy": masked_mean(entropy.detach(), mask)}
+
+
+def ptx_loss(
+    logprobs: Tensor, mask: Tensor, *, ptx_coef: float, normalizer: float | Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO-ptx: the NLL of pretraining text, mixed into each update (Ouyang et al. 2022, arXiv:2203.02155, eq. 2).
+
+        ptx_coef * mean over tokens of -log pi(token)
+
+    The paper's gamma is 27.8, of a sum over the rollout batch; here it weighs a mean over tokens.
+
+    Args:
+        logprobs: (B, T) of the mixed-in text, with gradient. mask: (B, T) bool. ptx_coef: 0 or more.
+
+    Returns:
+        the loss term, a scalar, and stats: `ptx_nll`.
+    """
+    require(ptx_coef >= 0, "ptx_coef", ptx_coef, "0 or more")
+    loss, stats = sft_loss(logprobs, mask, normalizer=normalizer)
+    return ptx_coef * loss, {"ptx_nll": stats["nll"]}
+
+
+@torch.no_grad()
+def importance_weights(
+    logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    level: str = "token",
+    mode: str = "truncate",
+    weight_max: float = 3.0,
+    weight_min: float = 0.0,
+) -> Tensor:
+    """Weights that make samples of one engine count as the policy's own: p_policy / p_engine, kept in a range.
+
+    - mode "truncate": a weight above `weight_max` becomes `weight_max`, one below `weight_min` becomes that (truncated
+      importance sampling, Ionides 2008; a little biased, of small variance).
+    - mode "mask": a weight outside the range becomes 0, so its tokens drop out of the loss but not of its count.
+    - level "sequence": the product over a completion's tokens, the same at each of them.
+
+    Args:
+        logprobs: (B, T) of the training forward under the weights that sampled. rollout_logprobs: (B, T) of the engine
+            that did. mask: (B, T) bool.
+
+    Returns:
+        (B, T), 0 outside the mask, without gradient: for `policy_loss(weights=...)`.
+    """
+    require(level in ("token", "sequence"), "level", repr(level), "'token' or 'sequence'")
+    require(mode in ("truncate", "mask"), "mode", repr(mode), "'truncate' or 'mask'")
+    require(0 <= weight_min < weight_max, "weight_min", weight_min, f"between 0 and weight_max = {weight_max}")
+    log_weight = torch.where(mask, logprobs - rollout_logprobs, 0.0)
+    if level == "sequence":
+        log_weight = log_weight.sum(-1, keepdim=True).expand_as(log_weight)
+    weight = log_weight.exp()
+    if mode == "truncate":
+        weight = weight.clamp(weight_min, weight_max)
+    else:
+        weight = torch.where((weight >= weight_min) & (weight <= weight_max), weight, 0.0)
+    return torch.where(mask, weight, 0.0)
+
+
+@torch.no_grad()
+def off_policy_mask(
+    new_logprobs: Tensor, rollout_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, threshold: float
+) -> Tensor:
+    """Which tokens stay: all but those of bad completions that the policy has moved away from (DeepSeek-V3.2).
+
+        keep where A >= 0 or mean over the completion's tokens of (log p_rollout - log p_new) <= threshold
+
+    arXiv:2512.02556. As `weights` of `policy_loss` the rest count as tokens of loss 0; and-ed with the mask they do not
+    count at all.
+
+    Args:
+        new_logprobs, rollout_logprobs: (B, T). advantages: (B,), (B, 1) or (B, T). mask: (B, T) bool.
+        threshold: nats a token, more than 0.
+
+    Returns:
+        (B, T) bool, False outside the mask.
+    """
+    require(threshold > 0, "threshold", threshold, "more than 0")
+    kl = masked_mean(rollout_logprobs - new_logprobs, mask, -1)[:, None]
+    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
+    return mask & ((advantages >= 0) | (kl <= threshold))

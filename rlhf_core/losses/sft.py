@@ -1,33 +1,73 @@
-"""Supervised fine-tuning: the negative log-likelihood of the completion."""
+"""Supervised fine-tuning: the negative log-likelihood of the completion, and what is done to it."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from rlhf_core.ops.masked import masked_sum
+from rlhf_core.ops.masked import masked_aggregate, masked_mean
 
 
 def sft_loss(
-    logprobs: Tensor, mask: Tensor, *, reduction: str = "token", normalizer: float | Tensor | None = None
+    logprobs: Tensor,
+    mask: Tensor,
+    *,
+    reduction: str = "token",
+    normalizer: float | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    vocab_mean_logprobs: Tensor | None = None,
+    dft: bool = False,
+    z_loss_coef: float = 0.0,
+    logsumexps: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Negative log-likelihood of completion tokens, in nats.
+    """Negative log-likelihood of completion tokens, in nats. Of one token with log-prob l = log p(token):
+
+        -l                                  plain
+        -(1 - e) l - e mean_v log p(v)      label smoothing e (Szegedy et al. 2016, arXiv:1512.00567, section 7)
+        -p(token) l, p(token) detached      DFT (Wu et al. 2025, arXiv:2508.05629)
+        + z_loss_coef * logsumexp^2         z-loss, with any (PaLM, Chowdhery et al. 2022, arXiv:2204.02311, section 5)
+
+    DFT's factor undoes the 1 / p of the likelihood's gradient, so a token that the model finds unlikely does not pull
+    harder than a likely one. The z-loss keeps the softmax's normaliser near 1 (PaLM: 1e-4).
 
     Args:
         logprobs: (B, T). mask: (B, T) bool, True = completion token.
-        reduction: "token" weighs every token alike; "sequence" takes each completion's mean first.
+        reduction: "token" weighs every token alike; "sequence" takes each completion's mean first. A row without
+            tokens is no completion and is not counted.
         normalizer: divide by this instead of by the local count of tokens (or sequences). Give the count of the whole
             accumulation window, over all ranks, and eight micro-batches of one add up to one of eight.
+        label_smoothing: 0 <= e < 0.5; needs vocab_mean_logprobs (B, T), `mean_logprob` of `vocab_statistics`.
+        z_loss_coef: 0 or more; needs logsumexps (B, T), `logsumexp` of `vocab_statistics`.
 
     Returns:
-        the loss, a scalar, and stats: `nll` (mean per token).
+        the loss, a scalar, and stats, means per token: `nll`, always the plain one, and `z_loss` (times its
+        coefficient) where there is one.
+
+    Raises ValueError for a parameter out of range, a tensor that is missing or given for nothing, smoothing together
+    with DFT, or a mask that is False everywhere while no normalizer is given.
     """
-    nll_sum, tokens = -masked_sum(logprobs, mask), mask.sum()
-    nll = nll_sum / tokens.clamp(min=1)
-    if reduction == "token":
-        loss = nll_sum / (tokens.clamp(min=1) if normalizer is None else normalizer)
-    elif reduction == "sequence":
-        per_sequence = -masked_sum(logprobs, mask, -1) / mask.sum(-1).clamp(min=1)
-        loss = per_sequence.sum() / (len(per_sequence) if normalizer is None else normalizer)
-    else:
+    if reduction not in ("token", "sequence"):
         raise ValueError(f"reduction={reduction!r}: expected token or sequence")
-    return loss, {"nll": nll.detach()}
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing={label_smoothing}: expected 0 <= label_smoothing < 0.5")
+    if not z_loss_coef >= 0:
+        raise ValueError(f"z_loss_coef={z_loss_coef}: expected 0 or more")
+    if (label_smoothing > 0) != (vocab_mean_logprobs is not None):
+        raise ValueError(f"label_smoothing={label_smoothing}: vocab_mean_logprobs is needed above 0, and only there")
+    if (z_loss_coef > 0) != (logsumexps is not None):
+        raise ValueError(f"z_loss_coef={z_loss_coef}: logsumexps is needed above 0, and only there")
+    if dft and label_smoothing:
+        raise ValueError(f"label_smoothing={label_smoothing} with dft=True: DFT has no smoothed form")
+
+    logprobs = torch.where(mask, logprobs, 0.0)
+    losses = -logprobs
+    stats = {"nll": masked_mean(losses.detach(), mask)}
+    if dft:
+        losses = losses * logprobs.detach().exp()
+    if label_smoothing:
+        losses = (1 - label_smoothing) * losses - label_smoothing * vocab_mean_logprobs
+    if z_loss_coef:
+        z_losses = z_loss_coef * torch.where(mask, logsumexps, 0.0).square()
+        losses = losses + z_losses
+        stats["z_loss"] = masked_mean(z_losses.detach(), mask)
+    return masked_aggregate(losses, mask, reduction, normalizer=normalizer), stats

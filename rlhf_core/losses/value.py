@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_core.ops.masked import masked_mean, masked_sum, masked_var
+from rlhf_core.ops.masked import masked_aggregate, masked_mean, masked_var
 
 
 def value_loss(
@@ -25,21 +25,23 @@ def value_loss(
 
     Args:
         new_values: (B, T) with gradient. values: (B, T) when sampled. returns: (B, T). mask: (B, T) bool.
+        value_clip: more than 0, in the values' own units, or None.
         normalizer: divide by this instead of the local count of tokens (see `sft_loss`).
 
     Returns:
         the loss, a scalar, and stats: `value_clip_fraction` and `value_mean`.
+
+    Raises ValueError for a clip out of range, or a mask that is False everywhere while no normalizer is given.
     """
+    if value_clip is not None and not value_clip > 0:
+        raise ValueError(f"value_clip={value_clip}: expected more than 0, or None for no clipping")
     new_values, returns = torch.where(mask, new_values, 0.0), torch.where(mask, returns, 0.0)
     error = (new_values - returns).square()
     clipped = torch.zeros_like(error)
     if value_clip is not None:
-        if not value_clip > 0:
-            raise ValueError(f"value_clip={value_clip}: expected more than 0, or None for no clipping")
         values = torch.where(mask, values, 0.0)
         clipped = (new_values.clamp(values - value_clip, values + value_clip) - returns).square()
-    loss = 0.5 * masked_sum(torch.maximum(error, clipped), mask)
-    loss = loss / (mask.sum().clamp(min=1) if normalizer is None else normalizer)
+    loss = 0.5 * masked_aggregate(torch.maximum(error, clipped), mask, "token", normalizer=normalizer)
     with torch.no_grad():
         stats = {
             "value_clip_fraction": masked_mean((clipped > error).float(), mask),

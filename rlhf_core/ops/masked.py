@@ -36,3 +36,60 @@ def masked_whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True, eps:
     if not shift_mean:
         whitened = whitened + mean
     return torch.where(mask, whitened, 0.0)
+
+
+def pick(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
+    """`yes` where True, else `no`, in the dtype of `like`: torch.where rounds two plain numbers to float32."""
+    return torch.full_like(like, no).masked_fill(condition, yes)
+
+
+def require_tokens(mask: Tensor, normalizer: float | Tensor | None = None, name: str = "mask") -> None:
+    """ValueError where nothing takes part and no `normalizer` says that this is one micro-batch of a larger whole.
+
+    Not looked at inside torch.compile, where a question about data would break the graph.
+    """
+    if normalizer is None and not torch.compiler.is_compiling() and not bool(mask.any()):
+        raise ValueError(f"{name} of shape {tuple(mask.shape)} is False everywhere: expected at least one token")
+
+
+AGGREGATIONS = ("token", "sequence", "sequence_sum", "max_length")
+
+
+def masked_aggregate(
+    values: Tensor,
+    mask: Tensor,
+    aggregation: str = "token",
+    *,
+    normalizer: float | Tensor | None = None,
+    max_length: int | None = None,
+) -> Tensor:
+    """One scalar from per-token values: who weighs how much is a choice of its own, apart from what is averaged.
+
+    - "token": every token alike, sum / tokens.
+    - "sequence": every sequence alike, whatever its length: the mean of the sequences' means.
+    - "sequence_sum": the mean over sequences of their sums, so a longer one weighs more.
+    - "max_length": the mean over sequences of sum / max_length, a constant, so no length is favoured.
+
+    Args:
+        values: (B, T). mask: (B, T) bool. A row without a token is no sequence: it adds to neither sum nor count.
+        normalizer: divide by this instead of the local count of tokens ("token") or sequences (the others). Give the
+            count of the whole accumulation window, over all ranks, and eight micro-batches of one add up to one of
+            eight.
+
+    Raises ValueError for an unknown aggregation, "max_length" without a length, or a mask that is False everywhere
+    while no normalizer is given.
+    """
+    if aggregation not in AGGREGATIONS:
+        raise ValueError(f"aggregation={aggregation!r}: expected one of {', '.join(AGGREGATIONS)}")
+    if aggregation == "max_length" and (max_length is None or max_length <= 0):
+        raise ValueError(f"max_length={max_length}: aggregation 'max_length' expects more than 0")
+    require_tokens(mask, normalizer)
+    lengths = mask.sum(-1)
+    if aggregation == "token":
+        return masked_sum(values, mask) / (lengths.sum() if normalizer is None else normalizer)
+    per_sequence = masked_sum(values, mask, -1)
+    if aggregation == "sequence":
+        per_sequence = per_sequence / lengths.clamp(min=1)
+    elif aggregation == "max_length":
+        per_sequence = per_sequence / max_length
+    return per_sequence.sum() / ((lengths > 0).sum() if normalizer is None else normalizer)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,25 +84,6 @@ def function_reward(function: Callable[..., Sequence[float]], policy_tokenizer: 
         return torch.tensor([float(value) for value in scores])
 
     return score
-
-
-def import_function(name: str) -> Callable[..., Any]:
-    """`package.module:function`, also from the folder the command is typed in."""
-    module_name, _, function_name = name.partition(":")
-    if not module_name or not function_name:
-        raise ValueError(f"{name!r}: expected module:function")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{name!r}: {error}") from error
-    finally:
-        sys.path.remove(here)
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ValueError(f"{name!r}: {module_name} has no function {function_name}")
-    return function
 
 
 def _translate(

@@ -7,17 +7,21 @@ The policy starts as the reference, so the first step's sigmoid loss is ln 2; an
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from rlhf_core.config import DataConfig, ModelConfig, RunConfig, require
+from rlhf_core.batch import PackedBatch
+from rlhf_core.config import ConfigError, DataConfig, ModelConfig, RunConfig, did_you_mean, require
 from rlhf_core.data.loader import count_steps, load_examples, micro_batches, step_examples
 from rlhf_core.data.tokenize import Example
 from rlhf_core.losses.preference import PREFERENCE_LOSSES, preference_loss
 from rlhf_core.models.forward import pair_logprobs
 from rlhf_core.models.load import load_policy, load_reference, save_model
+from rlhf_core.plugins import import_module
 from rlhf_core.rollout.sampling import evaluating
 from rlhf_core.training.metrics import Averages
 from rlhf_core.training.optim import build_optimizer, optimizer_step
@@ -33,7 +37,9 @@ class DPOConfig(RunConfig):
     reference: ModelConfig | None = None
     """The model that the policy is held to; the model to start from, if not given."""
     loss: str = "sigmoid"
-    """Name of the preference loss."""
+    """Name of the preference loss (docs/losses.md lists them)."""
+    loss_module: str | None = None
+    """A Python module of your own that registers a loss, imported first."""
     beta: float = 0.1
     """Strength of the pull to the reference."""
     label_smoothing: float = 0.0
@@ -41,9 +47,22 @@ class DPOConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.loss in PREFERENCE_LOSSES, "loss", self.loss, f"one of {', '.join(PREFERENCE_LOSSES)}")
-        require(self.beta > 0, "beta", self.beta, "more than 0")
-        require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "0 <= label_smoothing < 0.5")
+        if self.loss_module is not None:
+            import_module(self.loss_module)
+        known = f"one of {', '.join(sorted(PREFERENCE_LOSSES))}{did_you_mean(self.loss, PREFERENCE_LOSSES)}"
+        require(self.loss in PREFERENCE_LOSSES, "loss", self.loss, known)
+        rehearse(self)
+
+
+def rehearse(config: DPOConfig) -> None:
+    """The loss on two numbers, so that a setting it would refuse is refused before anything is loaded."""
+    one, mask = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
+    pair = dict(chosen_logprobs=one, rejected_logprobs=one, chosen_mask=mask, rejected_mask=mask)
+    pair |= dict(ref_chosen_logprobs=one, ref_rejected_logprobs=one)
+    try:
+        preference_loss(config.loss, **pair, beta=config.beta, label_smoothing=config.label_smoothing)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def train(config: DPOConfig) -> dict[str, float]:
@@ -61,22 +80,31 @@ def train(config: DPOConfig) -> dict[str, float]:
     total_steps = count_steps(len(examples), config.batch_size, config.epochs, config.max_steps)
     evaluation: dict[str, float] = {}
 
-    def loss_of(batch):
-        pairs = pair_logprobs(policy, reference, batch, layout=config.model.layout)
-        return preference_loss(config.loss, **pairs, beta=config.beta, label_smoothing=config.label_smoothing)
+    def losses(batches: list[PackedBatch]) -> Iterator[tuple[Tensor, dict[str, Tensor], float]]:
+        """Each micro-batch's part of the loss over them all, its stats, and its share of the pairs."""
+        pairs = sum(batch.num_completions for batch in batches) // 2
+        chosen_tokens = sum(int(batch.completion_mask[0::2].sum()) for batch in batches)
+        for batch in batches:
+            loss, stats = preference_loss(
+                config.loss,
+                **pair_logprobs(policy, reference, batch, layout=config.model.layout),
+                beta=config.beta,
+                label_smoothing=config.label_smoothing,
+                normalizer=pairs,
+                token_normalizer=chosen_tokens,
+            )
+            yield loss, stats, batch.num_completions / 2 / pairs
 
     with Run("dpo", config, total_steps, modules={"policy": policy}, optimizer=optimizer) as run:
         for step in run.steps():
             rows = step_examples(examples, config.batch_size, seed=config.seed, step=step)
             averages = Averages()
-            for batch in micro_batches(rows, config.micro_batch_size):
-                loss, stats = loss_of(batch)
-                share = batch.num_completions / 2 / len(rows)
-                (loss * share).backward()
-                averages.add({"loss": loss, **stats}, weight=share)
+            for loss, stats, share in losses(micro_batches(rows, config.micro_batch_size)):
+                loss.backward()
+                averages.add({"loss": loss / share, **stats}, weight=share)
             metrics = averages.means() | optimizer_step(optimizer, config.optim, step, total_steps)
             if held_out and run.evaluate_now(step):
-                evaluation = evaluate(policy, held_out, config, loss_of)
+                evaluation = evaluate(policy, held_out, config, losses)
                 metrics |= evaluation
             run.log(step, metrics, show=("loss", "accuracy", "eval_accuracy"))
         run.save(lambda folder: save_model(folder, policy, tokenizer), summary=evaluation)
@@ -84,11 +112,10 @@ def train(config: DPOConfig) -> dict[str, float]:
 
 
 @torch.no_grad()
-def evaluate(policy: Any, examples: list[Example], config: DPOConfig, loss_of: Any) -> dict[str, float]:
+def evaluate(policy: Any, examples: list[Example], config: DPOConfig, losses: Callable) -> dict[str, float]:
     """The training gauges over held-out pairs."""
     averages = Averages()
     with evaluating(policy):
-        for batch in micro_batches(examples, config.micro_batch_size or config.batch_size):
-            loss, stats = loss_of(batch)
-            averages.add({"loss": loss, **stats}, weight=batch.num_completions / 2)
+        for loss, stats, share in losses(micro_batches(examples, config.micro_batch_size or config.batch_size)):
+            averages.add({"loss": loss / share, **stats}, weight=share)
     return {f"eval_{name}": value for name, value in averages.means().items()}

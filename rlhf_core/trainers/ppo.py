@@ -40,7 +40,8 @@ from rlhf_core.models.load import (
 from rlhf_core.ops.advantages import gae
 from rlhf_core.ops.kl import kl_penalty
 from rlhf_core.ops.masked import masked_mean, masked_whiten
-from rlhf_core.rollout.rewards import Reward, function_reward, import_function, load_model_reward
+from rlhf_core.plugins import import_function
+from rlhf_core.rollout.rewards import Reward, function_reward, load_model_reward
 from rlhf_core.rollout.sampling import Rollout, sample, sampling_disagreement
 from rlhf_core.seeding import generator
 from rlhf_core.training.metrics import Averages

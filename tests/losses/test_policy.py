@@ -1,4 +1,4 @@
-"""PPO's clipped surrogate: numbers by hand, who gets a gradient, and gauges that point the right way."""
+"""Policy losses: PPO's clipped surrogate in depth, then the table, the terms that are added, and off-policy weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_core.losses.policy import policy_loss
+from rlhf_core.losses.policy import (
+    POLICY_LOSSES,
+    PolicyTerms,
+    entropy_bonus,
+    importance_weights,
+    kl_loss,
+    off_policy_mask,
+    policy_loss,
+    ptx_loss,
+    register_policy_loss,
+)
+from rlhf_core.ops.logprobs import vocab_statistics
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -136,9 +147,12 @@ def test_masked_garbage_and_padding_change_nothing(garbage):
 
 
 def test_no_tokens_at_all():
-    batch = draw(2)
+    """An error; under a normaliser, a micro-batch that adds 0."""
+    batch = draw(2) | {"mask": torch.zeros(3, 5, dtype=torch.bool)}
+    with pytest.raises(ValueError, match="False everywhere"):
+        policy_loss(**batch)
     new = batch["new_logprobs"].clone().requires_grad_()
-    loss, stats = policy_loss(**batch | {"new_logprobs": new, "mask": torch.zeros(3, 5, dtype=torch.bool)})
+    loss, stats = policy_loss(**batch | {"new_logprobs": new}, normalizer=7)
     loss.backward()
     assert loss == 0 and (new.grad == 0).all()
     assert all(value == 0 for value in stats.values())
@@ -196,8 +210,370 @@ def test_gradcheck():
 
 def test_wrong_arguments_are_named():
     batch = draw(0)
-    with pytest.raises(ValueError, match="no policy loss named 'pg'; there is 'ppo'"):
-        policy_loss("pg", **batch)
+    with pytest.raises(ValueError, match="no policy loss named 'grppo'.*did you mean 'grpo'"):
+        policy_loss("grppo", **batch)
     for clip in (0.0, -0.2, math.nan):
         with pytest.raises(ValueError, match=f"clip={clip}: expected more than 0"):
             policy_loss(**batch, clip=clip)
+    for name, options, message in [
+        ("ppo", {"clip_high": 0.0}, "clip_high=0.0: expected more than 0"),
+        ("ppo", {"dual_clip": 1.1}, "dual_clip=1.1: expected more than 1 . clip_high = 1.2"),
+        ("ppo", {"ratio_max": 2.0}, "ratio_max=2.0: ppo has no such option"),
+        ("ppo", {"ratio_level": "word"}, "ratio_level='word': expected 'token' or 'sequence'"),
+        ("ppo", {"aggregation": "mean"}, "aggregation='mean': expected one of"),
+        ("dr_grpo", {}, "max_length=None: aggregation 'max_length' expects more than 0"),
+        ("cispo", {"ratio_max": 0.0}, "ratio_max=0.0: expected more than 0"),
+        ("sapo", {"temperature_neg": 0.0}, "temperature_neg=0.0: expected more than 0"),
+        ("gmpo", {"clip": -1.0}, "clip=-1.0: expected more than 0"),
+        ("gmpo", {"clip_high": -1.0}, "clip_high=-1.0: expected more than 0"),
+        ("vespo", {"k_pos": 0.0}, "k_pos=0.0: expected more than 0"),
+        ("vespo", {"weights": torch.ones(3, 5)}, "weights: 'vespo' bends its importance ratio"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            policy_loss(name, **batch, **options)
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
+
+
+def two_completions() -> dict[str, torch.Tensor]:
+    """Ratios 3/2, 1/2 with A = 1; ratio 2 with A = -1, then rubbish. Behaviour log-probs 0: new = ln ratio."""
+    nan = math.nan
+    return dict(
+        new_logprobs=torch.tensor([[1.5, 0.5], [2.0, nan]], dtype=torch.float64).log().requires_grad_(),
+        logprobs=torch.tensor([[0.0, 0.0], [0.0, nan]], dtype=torch.float64),
+        advantages=torch.tensor([1.0, -1.0], dtype=torch.float64),
+        mask=torch.tensor([[True, True], [True, False]]),
+    )
+
+
+# clip 0.2 cuts the tokens' losses to -1.2, -0.5 and 2; the sequences' ratios are sqrt(3/4) = .8660254 and 2.
+# ln 1.5 = .4054651, ln 2 = .6931472
+BY_HAND = {
+    "ppo": ({}, 0.1),  # (-1.2 - .5 + 2) / 3
+    "dapo": ({}, 0.1),
+    "bnpo": ({}, 0.1),
+    "grpo": ({}, 0.575),  # (-1.7 / 2 + 2) / 2
+    "dr_grpo": ({"max_length": 4}, 0.0375),  # (-1.7 / 4 + 2 / 4) / 2
+    "gspo": ({}, 0.5669873),  # (-.8660254 + 2) / 2
+    "luspo": ({}, 0.1339746),  # (-2 * .8660254 + 2) / 2
+    "reinforce": ({}, 0.4904146),  # (-(.4054651 - .6931472) + .6931472) / 2
+    "cispo": ({"ratio_max": 1.25}, 0.2353921),  # (-(1.25 * .4054651 - .5 * .6931472) + 1.25 * .6931472) / 3
+    "sapo": ({}, 0.4109999),  # (-(4 s(.5) + 4 s(-.5)) / 2 + 4 / 1.05 s(1.05)) / 2 = (-2 + 2.8219998) / 2
+    "gmpo": ({}, 0.5681690),  # (-exp((.4 - .6931472) / 2) + 2) / 2
+    "vespo": (
+        {},
+        0.3643445,
+    ),  # w = 3/4 and 2: phi = exp(3 + 2 ln w - 3 w) = 1.1908123, exp(2 + 3 ln w - 2 w) = 1.0826823
+}
+
+
+def test_every_policy_loss_has_its_number():
+    assert set(BY_HAND) == set(POLICY_LOSSES)
+
+
+@pytest.mark.parametrize("name", sorted(BY_HAND))
+def test_the_table_by_hand(name):
+    options, expected = BY_HAND[name]
+    loss, stats = policy_loss(name, **two_completions(), **options)
+    assert loss.item() == pytest.approx(expected, abs=1e-7)
+    assert not any(value.requires_grad for value in stats.values())
+
+
+def table_options(name: str) -> dict:
+    return {"max_length": 7} if name == "dr_grpo" else {}
+
+
+@pytest.mark.parametrize("name", sorted(POLICY_LOSSES))
+@settings(max_examples=10, deadline=None)
+@given(seed=seeds)
+def test_on_policy_each_is_the_policy_gradient(name, seed):
+    """At ratio 1 every surrogate's gradient is -A grad log p under its aggregation: no clip, no bend, weight 1."""
+    batch = draw(seed)
+    batch["advantages"] = batch["advantages"][:, :1].expand(-1, 5)
+    new = batch["logprobs"].clone().requires_grad_()
+    options = table_options(name)
+    loss, stats = policy_loss(name, **batch | {"new_logprobs": new}, **options)
+    (gradient,) = torch.autograd.grad(loss, new)
+    aggregation = options | {"aggregation": POLICY_LOSSES[name].aggregation}
+    (expected,) = torch.autograd.grad(policy_loss("reinforce", **batch | {"new_logprobs": new}, **aggregation)[0], new)
+    if POLICY_LOSSES[name].ratio_level == "sequence":  # its gradient is spread evenly over the completion's tokens
+        lengths = batch["mask"].sum(-1, keepdim=True)
+        expected = torch.where(batch["mask"], expected.sum(-1, keepdim=True) / lengths, 0.0)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+    assert stats.get("clip_fraction", torch.tensor(0)) == 0 and stats["ratio_max"] == 1
+
+
+@pytest.mark.parametrize("name", sorted(set(POLICY_LOSSES) - {"cispo", "vespo"}))
+def test_gradcheck_of_the_table(name):
+    """Ratios on either side of every kink, advantages of both signs. (cispo and vespo stop a gradient: below.)"""
+    batch = draw(3)
+    new = batch.pop("new_logprobs").requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x: policy_loss(name, new_logprobs=x, **batch, **table_options(name))[0], (new,)
+    )
+
+
+@pytest.mark.parametrize("name", ["cispo", "vespo"])
+def test_a_stopped_weight_is_a_constant(name):
+    """The gradient is -weight A on each token, the weight read off the loss itself, divided by the tokens."""
+    batch = draw(4)
+    new = batch["new_logprobs"].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(policy_loss(name, **batch | {"new_logprobs": new})[0], new)
+    mask, log_ratio = batch["mask"], torch.where(batch["mask"], batch["new_logprobs"] - batch["logprobs"], 0.0)
+    if name == "cispo":
+        weight = log_ratio.exp().clamp(max=5.0)
+    else:
+        w = log_ratio.sum(-1, keepdim=True).exp()
+        weight = torch.where(
+            batch["advantages"] >= 0, math.e**3 * w**2 * (-3 * w).exp(), math.e**2 * w**3 * (-2 * w).exp()
+        )
+    torch.testing.assert_close(gradient, torch.where(mask, -weight * batch["advantages"] / mask.sum(), 0.0))
+
+
+@pytest.mark.parametrize("name", sorted(POLICY_LOSSES))
+@settings(max_examples=10, deadline=None)
+@given(seed=seeds, cut=st.integers(1, 2))
+def test_the_table_ignores_order_padding_and_splits(name, seed, cut):
+    batch = draw(seed)
+    entry, options = POLICY_LOSSES[name], table_options(name)
+    loss, _ = policy_loss(name, **batch, **options)
+    order = torch.randperm(3, generator=torch.Generator().manual_seed(seed))
+    moved = {}
+    for key, tensor in batch.items():
+        wide = torch.nn.functional.pad(tensor[order], (0, 2), value=0 if key == "mask" else math.nan)
+        empty = torch.zeros_like(wide[:1]) if key == "mask" else torch.full_like(wide[:1], math.inf)
+        moved[key] = torch.cat([wide, empty])
+    torch.testing.assert_close(policy_loss(name, **moved, **options)[0], loss)
+    count = batch["mask"].sum() if entry.aggregation == "token" else 3
+    parts = [
+        policy_loss(name, **{key: tensor[part] for key, tensor in batch.items()}, **options, normalizer=count)[0]
+        for part in (slice(0, cut), slice(cut, 3))
+    ]
+    torch.testing.assert_close(sum(parts), loss)
+
+
+@pytest.mark.parametrize("name", sorted(POLICY_LOSSES))
+@pytest.mark.parametrize("log_ratio", [-1000.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_table_is_never_nan(name, log_ratio, dtype):
+    """Ratios that overflow or vanish: infinite at worst, where A < 0 and nothing bounds the surrogate."""
+    new = torch.full((2, 2), log_ratio, dtype=dtype, requires_grad=True)
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    for advantage in (1.0, 0.0, -1.0):
+        loss, _ = policy_loss(
+            name, new_logprobs=new, logprobs=torch.zeros(2, 2, dtype=dtype), mask=mask,
+            advantages=torch.full((2,), advantage, dtype=dtype), **table_options(name),
+        )  # fmt: skip
+        unbounded = advantage < 0 and log_ratio > 0 and name not in ("reinforce", "cispo", "sapo", "vespo")
+        assert loss == math.inf if unbounded else loss.isfinite()
+        (gradient,) = torch.autograd.grad(loss, new)
+        assert unbounded or gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "surrogate", "slope"),
+    [
+        (1.25, 1.0, 1.25, 1.25),  # between 1 + clip and 1 + clip_high
+        (1.5, 1.0, 1.3, 0.0),
+        (0.5, -1.0, -0.8, 0.0),  # the lower bound is clip's
+        (2.9, -1.0, -2.9, -2.9),
+        (4.0, -1.0, -3.0, 0.0),  # dual clip: no worse than -3
+        (1e30, -1.0, -3.0, 0.0),
+        (4.0, 1.0, 1.3, 0.0),
+    ],
+)
+def test_clip_higher_and_dual_clip(ratio, advantage, surrogate, slope):
+    """clip 0.2, clip_high 0.3, dual_clip 3."""
+    batch = of_ratios([ratio], [advantage])
+    loss, stats = policy_loss(**batch, clip=0.2, clip_high=0.3, dual_clip=3.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(-surrogate)
+    assert batch["new_logprobs"].grad.item() == (pytest.approx(-slope) if slope else 0)
+    assert stats["clip_fraction"] == float(not 0.8 <= ratio <= 1.3)
+
+
+def test_aggregation_and_level_are_choices_of_their_own():
+    """Any surrogate with any aggregation and any ratio: "ppo" with GRPO's is "grpo", with GSPO's "gspo"."""
+    batch = two_completions()
+    for name in ("grpo", "gspo", "luspo"):
+        entry = POLICY_LOSSES[name]
+        loss, _ = policy_loss("ppo", **batch, aggregation=entry.aggregation, ratio_level=entry.ratio_level)
+        assert torch.equal(loss, policy_loss(name, **batch)[0])
+    assert policy_loss("sapo", **batch, aggregation="token")[0] != policy_loss("sapo", **batch)[0]
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=seeds)
+def test_one_advantage_a_completion_in_any_shape(seed):
+    batch = draw(seed)
+    per_row = batch["advantages"][:, 0]
+    losses = [
+        policy_loss("gmpo", **batch | {"advantages": shape})[0]
+        for shape in (per_row, per_row[:, None], per_row[:, None].expand(3, 5))
+    ]
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(losses[0], losses[2])
+
+
+def test_weights_multiply_each_tokens_loss():
+    """-1.2, -0.5 and 2 with weights 1/2, 2 and 1: (-0.6 - 1 + 2) / 3; no gradient into the weights."""
+    weights = torch.tensor([[0.5, 2.0], [1.0, math.nan]], dtype=torch.float64, requires_grad=True)
+    loss, _ = policy_loss(**two_completions(), weights=weights)
+    assert loss.item() == pytest.approx(0.4 / 3)
+    assert torch.autograd.grad(loss, weights, allow_unused=True) == (None,)
+
+
+def test_a_policy_loss_of_ones_own():
+    try:
+
+        @register_policy_loss("squared", aggregation="sequence_sum")
+        def squared(terms: PolicyTerms, *, scale=1.0):
+            return scale * terms.log_ratio.square()
+
+        batch = of_ratios([math.e, math.e], [1.0, 1.0])
+        assert policy_loss("squared", **batch, scale=3.0)[0].item() == pytest.approx(6)
+        with pytest.raises(ValueError, match="'squared' is registered already"):
+            register_policy_loss("squared")(squared)
+    finally:
+        POLICY_LOSSES.pop("squared", None)
+
+
+# ------------------------------------------------------------------------------------------------- what else is added
+
+
+def test_kl_loss_by_hand():
+    """d = new - ref = 1/2, -1 and 2: k2 = 1/8, 1/2 and 2, in three tokens 2.625 / 3; by sequences (0.625 / 2 + 2) / 2.
+
+    With the ratio: k3 = e^-d - 1 + d = .1065307, .7182818, 1.1353353 times 3/2, 1/2 and 2.
+    """
+    batch = two_completions()
+    new, mask, nan = batch["new_logprobs"], batch["mask"], math.nan
+    reference = new.detach() - torch.tensor([[0.5, -1.0], [2.0, nan]], dtype=torch.float64)
+    loss, stats = kl_loss(new, reference, mask)
+    assert loss.item() == pytest.approx(2.625 / 3) and stats["kl"].item() == pytest.approx(2.625 / 3)
+    assert kl_loss(new, reference, mask, aggregation="sequence")[0].item() == pytest.approx((0.625 / 2 + 2) / 2)
+    assert kl_loss(new, reference, mask, normalizer=6)[0].item() == pytest.approx(2.625 / 6)
+    loss, stats = kl_loss(new, reference, mask, estimator="k3", logprobs=batch["logprobs"])
+    assert loss.item() == pytest.approx((1.5 * 0.1065307 + 0.5 * 0.7182818 + 2 * 1.1353353) / 3)
+    assert stats["kl"].item() == pytest.approx((0.1065307 + 0.7182818 + 1.1353353) / 3)
+    loss, _ = kl_loss(new, reference, mask, estimator="k3", logprobs=batch["logprobs"], ratio_level="sequence")
+    assert loss.item() == pytest.approx((0.8660254 * (0.1065307 + 0.7182818) + 2 * 1.1353353) / 3)
+
+
+@pytest.mark.parametrize(("estimator", "weighted"), [("k2", False), ("k3", True), ("k1", True)])
+def test_kl_loss_has_the_gradient_of_the_kl(estimator, weighted):
+    """Three symbols in exactly the policy's proportions (1/2, 1/4, 1/4): the mean over tokens is the expectation.
+
+    d KL / d logit_j = p_j (log(p_j / q_j) - KL), for a reference q of (1/8, 1/8, 3/4).
+    """
+    symbols = torch.tensor([[0, 0, 1, 2]])
+    logits = torch.tensor([1 / 2, 1 / 4, 1 / 4]).double().log().requires_grad_()
+    reference = torch.tensor([1 / 8, 1 / 8, 3 / 4]).double().log()
+    new = logits.log_softmax(-1)
+    old = {"logprobs": new.detach()[symbols]} if weighted else {}
+    loss, _ = kl_loss(new[symbols], reference[symbols], torch.ones(1, 4, dtype=torch.bool), estimator=estimator, **old)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    p = new.detach().exp()
+    d = new.detach() - reference
+    torch.testing.assert_close(gradient, p * (d - (p * d).sum()))
+
+
+@pytest.mark.parametrize(("estimator", "weighted"), [("k1", False), ("k3", False), ("k2", True)])
+def test_kl_loss_warns_of_a_wrong_gradient(estimator, weighted):
+    batch = draw(5)
+    old = {"logprobs": batch["logprobs"]} if weighted else {}
+    with pytest.warns(UserWarning, match=f"KL estimator '{estimator}' as a {'weighted ' if weighted else ''}loss"):
+        kl_loss(batch["new_logprobs"], batch["logprobs"], batch["mask"], estimator=estimator, **old)
+
+
+def test_entropy_bonus_has_the_exact_gradient():
+    """-coef times the mean of H, dH / dz = -p (log p + H); the score of sampled tokens would average to nothing."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    entropy = vocab_statistics(logits).entropy
+    loss, stats = entropy_bonus(entropy, mask, entropy_coef=0.1)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    p = logits.detach().softmax(-1)
+    h = torch.special.entr(p).sum(-1, keepdim=True)
+    torch.testing.assert_close(gradient, torch.where(mask[..., None], 0.1 * p * (p.log() + h) / 3, 0.0))
+    torch.testing.assert_close(stats["entropy"], h[..., 0][mask].mean())
+    torch.testing.assert_close(loss.detach(), -0.1 * stats["entropy"])
+    assert torch.autograd.gradcheck(
+        lambda z: entropy_bonus(vocab_statistics(z).entropy, mask, entropy_coef=0.1, aggregation="sequence")[0],
+        (logits,),
+    )
+    with pytest.raises(ValueError, match="entropy_coef=-0.1: expected 0 or more"):
+        entropy_bonus(entropy, mask, entropy_coef=-0.1)
+
+
+def test_ptx_by_hand():
+    """-1, -2 and -3 in three tokens: coefficient 27.8 times 2; over a window of six tokens half of it."""
+    logprobs = torch.tensor([[-1.0, -2.0], [-3.0, math.nan]], dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[True, True], [True, False]])
+    loss, stats = ptx_loss(logprobs, mask, ptx_coef=27.8)
+    assert loss.item() == pytest.approx(55.6) and stats["ptx_nll"].item() == pytest.approx(2)
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    torch.testing.assert_close(gradient, torch.where(mask, -27.8 / 3, 0.0).double())
+    assert ptx_loss(logprobs, mask, ptx_coef=27.8, normalizer=6)[0].item() == pytest.approx(27.8)
+    with pytest.raises(ValueError, match="ptx_coef=-1: expected 0 or more"):
+        ptx_loss(logprobs, mask, ptx_coef=-1)
+
+
+# ----------------------------------------------------------------------------------------------- samples from elsewhere
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [[3.0, 0.5], [2.0, 0.0]]),
+        ({"weight_max": 10.0}, [[4.0, 0.5], [2.0, 0.0]]),
+        ({"weight_min": 0.8}, [[3.0, 0.8], [2.0, 0.0]]),
+        ({"mode": "mask"}, [[0.0, 0.5], [2.0, 0.0]]),
+        ({"mode": "mask", "weight_min": 0.8}, [[0.0, 0.0], [2.0, 0.0]]),
+        ({"level": "sequence"}, [[2.0, 2.0], [2.0, 0.0]]),
+        ({"level": "sequence", "weight_max": 1.5}, [[1.5, 1.5], [1.5, 0.0]]),
+        ({"level": "sequence", "mode": "mask", "weight_max": 1.5}, [[0.0, 0.0], [0.0, 0.0]]),
+    ],
+)
+def test_importance_weights_by_hand(options, expected):
+    """Ratios policy / engine of 4, 1/2 in one completion (product 2) and 2 in another."""
+    ratios = torch.tensor([[4.0, 0.5], [2.0, math.nan]], dtype=torch.float64)
+    mask = torch.tensor([[True, True], [True, False]])
+    weights = importance_weights(ratios.log().requires_grad_(), torch.zeros(2, 2).double(), mask, **options)
+    torch.testing.assert_close(weights, torch.tensor(expected).double())
+    assert not weights.requires_grad
+
+
+def test_importance_weights_out_of_range():
+    batch = draw(6)
+    for options, message in [
+        ({"level": "word"}, "level='word': expected 'token' or 'sequence'"),
+        ({"mode": "drop"}, "mode='drop': expected 'truncate' or 'mask'"),
+        ({"weight_min": 4.0}, "weight_min=4.0: expected between 0 and weight_max = 3.0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            importance_weights(batch["new_logprobs"], batch["logprobs"], batch["mask"], **options)
+
+
+def test_truncated_weights_make_one_engines_samples_count_as_the_policys():
+    """Untruncated, the weighted mean of any f over the engine's symbols is its mean under the policy."""
+    engine, policy = torch.tensor([1 / 2, 1 / 4, 1 / 4]).double(), torch.tensor([1 / 8, 1 / 8, 3 / 4]).double()
+    symbols = torch.tensor([[0, 0, 1, 2]])
+    weights = importance_weights(policy.log()[symbols], engine.log()[symbols], torch.ones(1, 4, dtype=torch.bool))
+    f = torch.tensor([3.0, -1.0, 2.0]).double()
+    torch.testing.assert_close((weights * f[symbols]).mean(), (policy * f).sum())
+
+
+def test_off_policy_mask_by_hand():
+    """Mean log(p_rollout / p_new) of 1, 0.3 and 1 nats a token with A = -1, -1, 1 and threshold 1/2: the first goes."""
+    rollout = torch.tensor([[1.5, 0.5], [0.3, math.nan], [1.0, 1.0]], dtype=torch.float64)
+    mask = torch.tensor([[True, True], [True, False], [True, True]])
+    new, advantages = torch.zeros(3, 2, dtype=torch.float64, requires_grad=True), torch.tensor([-1.0, -1.0, 1.0])
+    kept = off_policy_mask(new, rollout, advantages, mask, threshold=0.5)
+    assert kept.tolist() == [[False, False], [True, False], [True, True]]
+    by_token = torch.tensor([[-1.0, 2.0], [-1.0, 0.0], [1.0, 1.0]])
+    assert off_policy_mask(new, rollout, by_token, mask, threshold=0.5).tolist()[0] == [False, True]
+    with pytest.raises(ValueError, match="threshold=0: expected more than 0"):
+        off_policy_mask(new, rollout, advantages, mask, threshold=0)

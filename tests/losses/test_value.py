@@ -124,12 +124,46 @@ def test_micro_batches_add_up(value_clip):
     torch.testing.assert_close(parts.grad, whole.grad, rtol=0, atol=1e-12)
 
 
-def test_no_tokens_at_all():
-    batch = draw(2)
+@pytest.mark.parametrize("value_clip", [0.2, None])
+def test_a_part_without_tokens(value_clip):
+    """Part of a larger whole: loss, gradient and gauges 0. A whole without tokens is refused."""
+    batch = draw(2) | {"mask": torch.zeros(3, 5, dtype=torch.bool)}
     new = batch["new_values"].clone().requires_grad_()
-    loss, stats = value_loss(**batch | {"new_values": new, "mask": torch.zeros(3, 5, dtype=torch.bool)})
+    loss, stats = value_loss(**batch | {"new_values": new}, value_clip=value_clip, normalizer=7)
     loss.backward()
     assert loss == 0 and (new.grad == 0).all() and all(value == 0 for value in stats.values())
+    with pytest.raises(ValueError, match=r"mask of shape \(3, 5\) is False everywhere"):
+        value_loss(**batch, value_clip=value_clip)
+
+
+@pytest.mark.parametrize("value_clip", [0.2, None])
+def test_a_row_without_tokens_is_not_there(value_clip):
+    """Its gradient is exactly 0, and the others' loss and gradients are those of a batch without it."""
+    batch = draw(5)
+    batch["mask"][1] = False
+    others = {name: tensor[[0, 2]] for name, tensor in batch.items()}
+    new, alone = (each["new_values"].clone().requires_grad_() for each in (batch, others))
+    loss, stats = value_loss(**batch | {"new_values": new}, value_clip=value_clip)
+    loss_alone, stats_alone = value_loss(**others | {"new_values": alone}, value_clip=value_clip)
+    (loss + loss_alone).backward()
+    assert (new.grad[1] == 0).all()
+    torch.testing.assert_close(
+        (loss, stats, new.grad[[0, 2]]), (loss_alone, stats_alone, alone.grad), rtol=1e-12, atol=0
+    )
+
+
+@pytest.mark.parametrize("value_clip", [0.2, None])
+def test_gradcheck(value_clip):
+    """By the new values and the returns; some moved too far and count as clipped, none stands at the kink."""
+    batch = draw(4)
+    mask, old = batch["mask"], batch["values"]
+    assert 0 < value_loss(**batch, value_clip=0.2)[1]["value_clip_fraction"] < 1
+    assert torch.autograd.gradcheck(
+        lambda new, returns: value_loss(new_values=new, values=old, returns=returns, mask=mask, value_clip=value_clip)[
+            0
+        ],
+        (batch["new_values"].requires_grad_(), batch["returns"].requires_grad_()),
+    )
 
 
 @pytest.mark.parametrize("value_clip", [0.0, -0.2, math.nan])

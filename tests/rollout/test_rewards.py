@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from rlhf_core.models.forward import sequence_scores
 from rlhf_core.models.load import load_reward_model, save_model
 from rlhf_core.rollout.rewards import (
     function_reward,
-    import_function,
     load_model_reward,
     model_reward,
     same_vocabulary,
@@ -107,43 +105,6 @@ def test_a_function_without_a_name(tokenizer):
 
 
 # ------------------------------------------------------------------------------------------------------- import by name
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """The folder that a command is typed in, with a module for it."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_rewards.py").write_text("def shorter(prompts, completions, records):\n    return []\nnumber = 3\n")
-    (tmp_path / "needs_more.py").write_text("import a_module_that_is_not_there\n")
-    yield tmp_path
-    for name in ("my_rewards", "needs_more"):
-        sys.modules.pop(name, None)
-
-
-def test_a_function_by_name(folder):
-    path = list(sys.path)
-    assert import_function("my_rewards:shorter").__name__ == "shorter"
-    assert import_function("os.path:basename")("a/b") == "b"
-    assert sys.path == path
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("my_rewards", "'my_rewards': expected module:function"),
-        ("my_rewards:", "expected module:function"),
-        (":shorter", "expected module:function"),
-        ("no_such_rewards:shorter", "'no_such_rewards:shorter': No module named 'no_such_rewards'"),
-        ("my_rewards:longer", "my_rewards has no function longer"),
-        ("my_rewards:number", "my_rewards has no function number"),
-        ("needs_more:shorter", "'needs_more:shorter': No module named 'a_module_that_is_not_there'"),
-    ],
-)
-def test_a_name_that_leads_nowhere(folder, name, message):
-    path = list(sys.path)
-    with pytest.raises(ValueError, match=message):
-        import_function(name)
-    assert sys.path == path
 
 
 # -------------------------------------------------------------------------------------------------------- reward models

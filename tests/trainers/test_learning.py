@@ -111,10 +111,11 @@ def test_the_numbers_of_a_reward_model_are_means_over_pairs(train, material, siz
 # ------------------------------------------------------------------------------------------------------------------ DPO
 
 
-def prefer(train, folder, *, swapped: bool) -> list[dict[str, float]]:
+def prefer(train, folder, *, swapped: bool, **changes) -> list[dict[str, float]]:
     data = pairs_file(folder, "train.jsonl", SUBJECTS[:6], swapped=swapped)
     held_out = pairs_file(folder, "held_out.jsonl", SUBJECTS[6:])
-    return train("dpo", data=data, eval_data=held_out, max_steps=15, optim=FAST, beta=0.5).metrics
+    changes = {"beta": 0.5} | changes
+    return train("dpo", data=data, eval_data=held_out, max_steps=15, optim=FAST, **changes).metrics
 
 
 def test_dpo_prefers_the_liked_word(train, tmp_path):
@@ -130,6 +131,26 @@ def test_dpo_of_swapped_pairs_prefers_the_other(train, tmp_path):
     assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert metrics[-1]["eval_accuracy"] == 0.0
     assert metrics[-1]["eval_loss"] > 1
+
+
+BY_NAME = sorted(name for name, entry in preference.PREFERENCE_LOSSES.items() if not entry.needs)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_every_loss_by_name_learns_the_preference_and_its_opposite(train, tmp_path, name):
+    """On held-out subjects; trained on swapped pairs, the same loss learns the other taste."""
+    smoothing = {"label_smoothing": 0.1} if name == "exo_pair" else {}
+    for swapped in (False, True):
+        accuracy = prefer(train, tmp_path, swapped=swapped, loss=name, **smoothing)[-1]["eval_accuracy"]
+        assert accuracy <= 0.25 if swapped else accuracy >= 0.75  # of four; ipo, held to a margin, overshoots in one
+
+
+@pytest.mark.parametrize("name", ["orpo", "cpo", "sft"])
+def test_a_loss_with_an_nll_term_ignores_micro_batches(train, material, name):
+    """The term is a mean over the step's tokens, and answers have from one to four words."""
+    whole, parts = (train("dpo", loss=name, max_steps=3, batch_size=10, micro_batch_size=size) for size in (None, 3))
+    for row, other in zip(whole.metrics, parts.metrics, strict=True):
+        assert other["loss"] == pytest.approx(row["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("changes", [{}, {"micro_batch_size": 1}, {"model_layout": "padded"}, {"label_smoothing": 0.2}])

@@ -1,0 +1,151 @@
+"""Preference losses for completions that are labelled good or bad on their own: KTO, BCO, APO-zero unpaired.
+
+x is a completion's log-ratio, log-prob minus the reference's, summed over its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf_core.losses.pairs import PreferenceLoss, register_into
+from rlhf_core.losses.registry import look_up, options_of, require, require_beta, share_options
+from rlhf_core.ops.masked import masked_mean, masked_sum, pick, require_tokens
+
+
+@dataclass(frozen=True)
+class UnpairedTerms:
+    """What an unpaired loss is made of."""
+
+    logprob: Tensor  # (B,), summed over tokens
+    log_ratio: Tensor  # (B,)
+    labels: Tensor  # (B,) bool, True = desirable
+    kl: Tensor | None  # scalar: KTO's reference point, in nats a completion, without gradient
+
+
+UNPAIRED_LOSSES: dict[str, PreferenceLoss] = {}
+
+
+def register_unpaired_loss(name: str, *, needs_reference: bool = True, needs: tuple[str, ...] = ()) -> Callable:
+    """Decorator that puts an unpaired loss into the table: `function(terms, *, options)` gives each loss, (B,)."""
+    return register_into(
+        UNPAIRED_LOSSES,
+        name,
+        needs_reference=needs_reference,
+        paired=False,
+        ld_alpha=False,
+        pair_weights=False,
+        needs=needs,
+    )
+
+
+def unpaired_preference_loss(
+    name: str,
+    *,
+    logprobs: Tensor,
+    mask: Tensor,
+    labels: Tensor,
+    ref_logprobs: Tensor | None = None,
+    kl: Tensor | float | None = None,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    normalizer: float | Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The named loss of `UNPAIRED_LOSSES`, the mean over completions, each weighted by its class.
+
+    Args:
+        logprobs, ref_logprobs: (B, T) token log-probs under policy and reference. mask: (B, T) bool, True = completion
+            token; a row without tokens is not counted. labels: (B,) bool, True = desirable.
+        kl: scalar, what `kto_kl` gives; "kto" needs it. It is a constant to the gradient.
+        desirable_weight, undesirable_weight: more than 0; KTO's authors want (desirable_weight times the desirable
+            rows) / (undesirable_weight times the others) between 1 and 4/3.
+        normalizer: divide by this instead of the local count of completions.
+        options: keyword-only parameters of the loss, such as bco's `delta`.
+
+    Returns:
+        the loss, a scalar, and stats: `desirable_reward` and `undesirable_reward` (means of beta * x over each class, 0
+        where it is empty), their difference `margin`, and `kl` where given.
+
+    Raises ValueError for an unknown name or option, a missing reference or kl, or a parameter out of range.
+    """
+    entry = look_up(UNPAIRED_LOSSES, name, "unpaired preference loss")
+    require_beta(beta)
+    for field, value in (("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)):
+        require(value > 0, field, value, "more than 0")
+    if entry.needs_reference and ref_logprobs is None:
+        raise ValueError(f"loss {name!r} needs ref_logprobs")
+    if "kl" in entry.needs and kl is None:
+        raise ValueError(f"loss {name!r} needs kl, the reference point that kto_kl estimates")
+    require(labels.dtype == torch.bool, "labels.dtype", labels.dtype, "torch.bool, True = desirable")
+    own = share_options({name: entry.function}, options)[name] | dict(beta=beta)
+    require_tokens(mask, normalizer)
+
+    log_ratio = logprob = masked_sum(logprobs, mask, -1)
+    if ref_logprobs is not None:
+        log_ratio = masked_sum(logprobs - ref_logprobs, mask, -1)
+    kl = None if kl is None else torch.as_tensor(kl).detach().to(log_ratio)
+    terms = UnpairedTerms(logprob, log_ratio, labels, kl)
+    losses = entry.function(terms, **{key: own[key] for key in options_of(entry.function) if key in own})
+    counted = mask.any(-1)
+    losses = pick(labels, desirable_weight, undesirable_weight, losses) * losses
+    loss = masked_sum(losses, counted) / (counted.sum() if normalizer is None else normalizer)
+
+    rewards = beta * log_ratio.detach()
+    desirable, undesirable = (masked_mean(rewards, counted & side) for side in (labels, ~labels))
+    stats = {"desirable_reward": desirable, "undesirable_reward": undesirable, "margin": desirable - undesirable}
+    return loss, stats | ({} if kl is None else {"kl": kl})
+
+
+@torch.no_grad()
+def kto_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """KTO's reference point: how far the policy is from the reference, estimated on mismatched pairs, in nats.
+
+        max(0, mean over rows of x),   each prompt with the completion of another row of its batch
+
+    Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1. A scalar without gradient.
+
+    Args:
+        logprobs, ref_logprobs: (B, T) of the mismatched completions. mask: (B, T) bool; empty rows are not counted.
+    """
+    require_tokens(mask)
+    return masked_mean(masked_sum(logprobs - ref_logprobs, mask, -1), mask.any(-1)).clamp(min=0)
+
+
+@register_unpaired_loss("kto", needs=("kl",))
+def kto(terms: UnpairedTerms, *, beta: float) -> Tensor:
+    """KTO: utility against a reference point (Ethayarajh et al. 2024, arXiv:2402.01306, eq. 8).
+
+    desirable: 1 - sigmoid(beta (x - kl));   undesirable: 1 - sigmoid(beta (kl - x))
+    """
+    gain = beta * (terms.log_ratio - terms.kl)
+    return torch.where(terms.labels, -gain, gain).sigmoid()
+
+
+@register_unpaired_loss("bco")
+def bco(terms: UnpairedTerms, *, beta: float, delta: float | Tensor = 0.0) -> Tensor:
+    """BCO: a binary classifier of good against bad, its threshold a running mean (Jung et al. 2024, arXiv:2404.04656).
+
+    desirable: -log sigmoid(beta x - delta);   undesirable: -log sigmoid(-(beta x - delta))
+
+    `delta` is the running mean of both classes' mean rewards, (desirable_reward + undesirable_reward) / 2 in the stats,
+    held by the caller (`control.RunningMoments`) and a constant to the gradient.
+    """
+    logits = beta * terms.log_ratio - torch.as_tensor(delta).detach().to(terms.log_ratio)
+    return -F.logsigmoid(torch.where(terms.labels, logits, -logits))
+
+
+@register_unpaired_loss("apo_zero_unpaired")
+def apo_zero_unpaired(terms: UnpairedTerms, *, beta: float) -> Tensor:
+    """APO-zero without partners (D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7).
+
+    desirable: 1 - sigmoid(beta x);   undesirable: sigmoid(beta x)
+    """
+    reward = beta * terms.log_ratio
+    return torch.where(terms.labels, -reward, reward).sigmoid()
