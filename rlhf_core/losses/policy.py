@@ -49,13 +49,15 @@ class PolicyLoss:
     ratio_level: str = "token"
     weights: bool = True
     """Importance weights may multiply it."""
+    source: str = ""
+    """Where this combination comes from, if not from where its surrogate does."""
 
 
 POLICY_LOSSES: dict[str, PolicyLoss] = {}
 
 
 def register_policy_loss(
-    name: str, *, aggregation: str = "token", ratio_level: str = "token", weights: bool = True
+    name: str, *, aggregation: str = "token", ratio_level: str = "token", weights: bool = True, source: str = ""
 ) -> Callable:
     """Decorator: `surrogate(terms, *, options)` gives each token's loss, (B, T), to be minimised.
 
@@ -66,7 +68,7 @@ def register_policy_loss(
     def register(surrogate: Callable[..., Any]) -> Callable[..., Any]:
         if name in POLICY_LOSSES:
             raise ValueError(f"a policy loss named {name!r} is registered already")
-        POLICY_LOSSES[name] = PolicyLoss(surrogate, aggregation, ratio_level, weights)
+        POLICY_LOSSES[name] = PolicyLoss(surrogate, aggregation, ratio_level, weights, source)
         return surrogate
 
     return register
@@ -147,12 +149,14 @@ def _at_level(log_ratio: Tensor, mask: Tensor, ratio_level: str) -> Tensor:
 
 
 @register_policy_loss("ppo")
-@register_policy_loss("dapo")
-@register_policy_loss("bnpo")
-@register_policy_loss("grpo", aggregation="sequence")
-@register_policy_loss("dr_grpo", aggregation="max_length")
-@register_policy_loss("gspo", aggregation="sequence", ratio_level="sequence")
-@register_policy_loss("luspo", aggregation="sequence_sum", ratio_level="sequence")
+@register_policy_loss("grpo", aggregation="sequence", source="GRPO (Shao et al. 2024, arXiv:2402.03300)")
+@register_policy_loss("dr_grpo", aggregation="max_length", source="Dr. GRPO (Liu et al. 2025, arXiv:2503.20783)")
+@register_policy_loss("dapo", source="DAPO (Yu et al. 2025, arXiv:2503.14476)")
+@register_policy_loss("bnpo", source="BNPO, as TRL has it: DAPO over the local micro-batch (give no normalizer)")
+@register_policy_loss(
+    "gspo", aggregation="sequence", ratio_level="sequence", source="GSPO (Zheng et al. 2025, arXiv:2507.18071)"
+)
+@register_policy_loss("luspo", aggregation="sequence_sum", ratio_level="sequence", source="LUSPO (arXiv:2602.05261)")
 def clipped_surrogate(
     terms: PolicyTerms, *, clip: float = 0.2, clip_high: float | None = None, dual_clip: float | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -268,6 +272,8 @@ def kl_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The KL to the reference as a loss term on sampled tokens; multiply by a price and add.
 
+        mean of k,   k one of k1, k2, k3 (`kl_estimate`);   with `logprobs`: mean of (new / behaviour) k
+
     On its own, "k2" has the gradient of the KL, "k1" none at all and "k3" that of the other direction. Given
     `logprobs`, the log-probs when sampled, each estimate is multiplied by the ratio new / behaviour, whose gradient
     puts "k1" and "k3" right (DeepSeek-V3.2, arXiv:2512.02556) and "k2" wrong. A wrong one warns: see ops/kl.py.
@@ -299,7 +305,9 @@ def entropy_bonus(
     normalizer: float | Tensor | None = None,
     max_length: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-entropy_coef times the policy's mean entropy (Williams and Peng 1991), in nats a token, to be added to a loss.
+    """A bonus for the policy's entropy (Williams and Peng 1991), to be added to a loss; in nats a token.
+
+        -entropy_coef * mean of H,   H = -sum over v of p_v log p_v
 
     Args:
         entropy: (B, T) of the whole distribution at each token, with gradient (`vocab_statistics`: dH / dz_v =

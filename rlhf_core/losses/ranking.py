@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlhf_core.losses.pairs import PreferenceLoss, register_into
 from rlhf_core.losses.registry import look_up, options_of, require, require_beta, share_options
-from rlhf_core.losses.reward import plackett_luce_loss
+from rlhf_core.losses.reward import plackett_luce_nll
 from rlhf_core.ops.masked import masked_sum, require_tokens
 
 
@@ -99,11 +99,7 @@ def plackett_luce(terms: RankedTerms, *, beta: float) -> Tensor:
 
     -sum over k of (beta x_k - log sum over j >= k of e^(beta x_j)),   x = log-ratio, best first
     """
-    rows = [
-        plackett_luce_loss(beta * x[None], there[None], normalizer=1)[0]
-        for x, there in zip(terms.log_ratio, terms.length > 0, strict=True)
-    ]
-    return torch.stack(rows)
+    return plackett_luce_nll(beta * terms.log_ratio, terms.length > 0)
 
 
 @register_ranked_loss("rrhf", needs_reference=False)

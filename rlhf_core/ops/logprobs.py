@@ -1,13 +1,15 @@
-"""Log-probabilities of chosen tokens. The one place that calls `rlhf_kernels`."""
+"""Log-probabilities of chosen tokens, and of the whole vocabulary. The one place that calls `rlhf_kernels`."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_kernels import linear_logprobs
 
-__all__ = ["linear_logprobs", "logits_logprobs"]
+__all__ = ["VocabStatistics", "linear_logprobs", "logits_logprobs", "vocab_statistics"]
 
 
 def logits_logprobs(
@@ -20,13 +22,58 @@ def logits_logprobs(
 
     Returns:
         (M,) log-probs in float32 (float64 for float64 logits), and (M,) entropies in nats without gradient, or None.
+        For an entropy with its gradient there is `vocab_statistics`.
     """
+    logprobs = torch.log_softmax(_tempered(logits, temperature), dim=-1)
+    chosen = logprobs.gather(-1, targets[:, None]).squeeze(-1)
+    return chosen, _entropy(logprobs.detach()) if entropy else None
+
+
+class VocabStatistics(NamedTuple):
+    """What the losses ask of a whole distribution p over the vocabulary, each (...,)."""
+
+    logsumexp: Tensor  # log sum_v exp(logit_v), for the z-loss
+    entropy: Tensor  # -sum_v p_v log p_v, in nats, for the entropy bonus
+    mean_logprob: Tensor  # mean_v log p_v, for label smoothing; -inf where a logit is
+    log_sum_sq_probs: Tensor  # log sum_v p_v^2, the chance that two draws agree, for WPO
+
+
+def vocab_statistics(logits: Tensor, *, temperature: float = 1.0) -> VocabStatistics:
+    """Four sums over the vocabulary of p = softmax(logits / temperature), each with its exact gradient.
+
+    With z = logits / temperature:
+
+        logsumexp          d/dz_j = p_j
+        entropy            d/dz_j = -p_j (log p_j + entropy)
+        mean_logprob       d/dz_j = 1 / V - p_j
+        log_sum_sq_probs   d/dz_j = 2 (p_j^2 / sum_v p_v^2 - p_j)
+
+    A logit of -inf rules its symbol out (p = 0). The mean over the vocabulary is then -inf, which is its true value;
+    the other three and every gradient stay finite, as long as one logit of each row does.
+
+    Args:
+        logits: (..., V), of any floating dtype. temperature: more than 0.
+
+    Returns:
+        `VocabStatistics` of (...,) tensors, float32 (float64 for float64 logits).
+    """
+    logits = _tempered(logits, temperature)
+    logprobs = torch.log_softmax(logits, dim=-1)
+    return VocabStatistics(
+        logsumexp=logits.logsumexp(-1),
+        entropy=_entropy(logprobs),
+        mean_logprob=logprobs.mean(-1),
+        log_sum_sq_probs=(2 * logprobs).logsumexp(-1),
+    )
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: expected more than 0")
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    logprobs = torch.log_softmax(logits / temperature, dim=-1)
-    chosen = logprobs.gather(-1, targets[:, None]).squeeze(-1)
-    if not entropy:
-        return chosen, None
-    with torch.no_grad():
-        return chosen, torch.special.entr(logprobs.exp()).sum(-1)  # entr(0) = 0, where a logit is -inf
+    return (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+
+
+def _entropy(logprobs: Tensor) -> Tensor:
+    probs = logprobs.exp()
+    # 0 log 0 = 0. The logarithm is replaced before it is multiplied: the gradient of 0 * -inf would be NaN.
+    return -(probs * torch.where(probs > 0, logprobs, 0.0)).sum(-1)

@@ -309,6 +309,7 @@ def test_gradcheck_of_rankings():
     assert torch.autograd.gradcheck(lambda s: plackett_luce_loss(s, mask)[0], scores)
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
 def test_no_gradient_is_nan_on_the_way():
     """A NaN that a later step would mask is still an alarm for whoever looks for one."""
     scores, mask = draw_lists(1)

@@ -9,7 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_core.ops.masked import masked_mean, masked_sum, masked_var, masked_whiten
+from rlhf_core.ops.masked import (
+    AGGREGATIONS,
+    masked_aggregate,
+    masked_mean,
+    masked_sum,
+    masked_var,
+    masked_whiten,
+    require_tokens,
+)
 
 MASK = torch.tensor([[True, True, False], [True, False, False]])
 VALUES = torch.tensor([[1.0, 2.0, 9.0], [3.0, 9.0, 9.0]])  # 1, 2, 3 take part
@@ -141,3 +149,129 @@ def test_padding_changes_nothing(function, seed, extra):
         assert (padded[:, 4:] == 0).all()
         padded = padded[:, :4]
     torch.testing.assert_close(padded, value, rtol=1e-12, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------- one scalar from a batch
+
+each_aggregation = pytest.mark.parametrize("aggregation", AGGREGATIONS)
+
+
+def test_aggregations_by_hand():
+    """Rows (1, 2) and (3): tokens 6 / 3 = 2; sequences (3/2 + 3) / 2 = 9/4; their sums (3 + 3) / 2 = 3; over a
+    max_length of 4, (3/4 + 3/4) / 2 = 3/4. A third row without tokens changes nothing.
+    """
+    for rows in (2, 3):
+        values = torch.nn.functional.pad(VALUES, (0, 0, 0, rows - 2), value=math.nan)
+        mask = torch.nn.functional.pad(MASK, (0, 0, 0, rows - 2))
+        assert masked_aggregate(values, mask) == 2
+        assert masked_aggregate(values, mask, "token") == 2
+        assert masked_aggregate(values, mask, "sequence") == 2.25
+        assert masked_aggregate(values, mask, "sequence_sum") == 3
+        assert masked_aggregate(values, mask, "max_length", max_length=4) == 0.75
+
+
+def test_gradients_of_the_aggregations_by_hand():
+    """What each token weighs: 1/3; 1 / (rows * length); 1 / rows; 1 / (rows * max_length)."""
+    for aggregation, weights in {
+        "token": [[1 / 3, 1 / 3, 0], [1 / 3, 0, 0]],
+        "sequence": [[1 / 4, 1 / 4, 0], [1 / 2, 0, 0]],
+        "sequence_sum": [[1 / 2, 1 / 2, 0], [1 / 2, 0, 0]],
+        "max_length": [[1 / 8, 1 / 8, 0], [1 / 8, 0, 0]],
+    }.items():
+        values = VALUES.clone().requires_grad_()
+        masked_aggregate(values, MASK, aggregation, max_length=4).backward()
+        torch.testing.assert_close(values.grad, torch.tensor(weights))
+
+
+def test_a_normalizer_takes_the_place_of_the_count():
+    """The sum 6 over 12 tokens; over 12 sequences 9/2, 6 and 3/2. A tensor will do."""
+    for aggregation, expected in [("token", 0.5), ("sequence", 0.375), ("sequence_sum", 0.5), ("max_length", 0.125)]:
+        for normalizer in (12, torch.tensor(12)):
+            found = masked_aggregate(VALUES, MASK, aggregation, normalizer=normalizer, max_length=4)
+            assert found.item() == pytest.approx(expected)
+
+
+@each_aggregation
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds, sizes=st.lists(st.integers(1, 4), min_size=1, max_size=6))
+def test_any_split_of_a_batch_adds_up(aggregation, seed, sizes):
+    """Divided by the whole batch's count, the parts sum to the whole, in value and gradient; empty rows among them."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(sum(sizes), 4, dtype=torch.float64, generator=generator)
+    mask = torch.rand(sum(sizes), 4, generator=generator) < 0.4
+    mask[0, 0] = True
+    whole, parts = values.clone().requires_grad_(), values.clone().requires_grad_()
+    loss = masked_aggregate(whole, mask, aggregation, max_length=9)
+    loss.backward()
+    count, total = mask.sum() if aggregation == "token" else mask.any(-1).sum(), 0.0
+    for rows in torch.arange(sum(sizes)).split(sizes):
+        part = masked_aggregate(parts[rows], mask[rows], aggregation, normalizer=count, max_length=9)
+        part.backward()
+        total = total + part.detach()
+    torch.testing.assert_close(total, loss.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(parts.grad, whole.grad, rtol=0, atol=1e-12)
+    assert (whole.grad[~mask] == 0).all()
+
+
+@each_aggregation
+@settings(max_examples=20, deadline=None)
+@given(seed=seeds)
+def test_aggregations_equal_a_loop(aggregation, seed):
+    values, mask = draw(seed, 4, 5)
+    mask[2] = False
+    rows = [row[kept].tolist() for row, kept in zip(values, mask, strict=True) if kept.any()]
+    expected = {
+        "token": sum(map(sum, rows)) / sum(map(len, rows)),
+        "sequence": sum(sum(row) / len(row) for row in rows) / len(rows),
+        "sequence_sum": sum(map(sum, rows)) / len(rows),
+        "max_length": sum(map(sum, rows)) / 7 / len(rows),
+    }[aggregation]
+    assert masked_aggregate(values, mask, aggregation, max_length=7).item() == pytest.approx(expected, abs=1e-12)
+
+
+@each_aggregation
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
+def test_aggregations_see_nothing_masked(aggregation, garbage):
+    values, mask = draw(0, 3, 5)
+    mask[1] = False
+    results = []
+    for filling in (0.0, garbage):
+        dirty = torch.where(mask, values, filling).requires_grad_()
+        value = masked_aggregate(dirty, mask, aggregation, max_length=6)
+        value.backward()
+        results.append((value.detach(), dirty.grad))
+    assert all(torch.equal(clean, dirty) for clean, dirty in zip(*results, strict=True))
+    assert (results[0][1][~mask] == 0).all() and (results[0][1][mask] != 0).all()
+
+
+@each_aggregation
+def test_a_part_without_tokens_is_zero_and_a_whole_is_refused(aggregation):
+    nothing, values = torch.zeros_like(MASK), VALUES.clone().requires_grad_()
+    part = masked_aggregate(values, nothing, aggregation, normalizer=5, max_length=4)
+    part.backward()
+    assert part == 0 and (values.grad == 0).all()
+    with pytest.raises(ValueError, match=r"mask of shape \(2, 3\) is False everywhere: expected at least one token"):
+        masked_aggregate(VALUES, nothing, aggregation, max_length=4)
+
+
+def test_unknown_aggregations_and_lengths_are_named():
+    with pytest.raises(
+        ValueError, match="aggregation='mean': expected one of token, sequence, sequence_sum, max_length"
+    ):
+        masked_aggregate(VALUES, MASK, "mean")
+    for length in (None, 0, -3):
+        with pytest.raises(ValueError, match=f"max_length={length}: aggregation 'max_length' expects more than 0"):
+            masked_aggregate(VALUES, MASK, "max_length", max_length=length)
+
+
+def test_require_tokens():
+    """One token is enough, and so is a normalizer; otherwise the mask is named, by its own name where it has one."""
+    nothing = torch.zeros_like(MASK)
+    require_tokens(MASK)
+    require_tokens(nothing, 3)
+    require_tokens(nothing, torch.tensor(3))
+    for empty in (nothing, torch.zeros(0, 3, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"^mask of shape \(\d, 3\) is False everywhere"):
+            require_tokens(empty)
+    with pytest.raises(ValueError, match=r"^chosen_mask of shape \(2, 3\)"):
+        require_tokens(nothing, name="chosen_mask")

@@ -1,0 +1,230 @@
+"""PPO and RLOO, put together from the library's functions, find the optimum of the KL-regularised reward by sampling.
+
+Three symbols, at most three places: all 27 sequences, or the 15 there are where one symbol ends a sequence. The policy
+is a table of logits, one row for each beginning, and the critic a table of values. Reference and rewards are random;
+the optimum is ref exp(r / beta) / Z over whole sequences, and the distance to it, the total variation, is enumerated.
+
+First without sampling: the losses' gradients, in expectation over every sequence, are the objective's.
+
+What makes this file fail, each tried: `MISTAKES` below, on both algorithms (advantages of the wrong sign; the price of
+the KL upside down or left out; scores upside down or not there), and in the library k1 = -d, a KL that is paid instead
+of charged, a score that lands a token early, a loss that is maximised, a ratio upside down, a critic that runs from its
+returns. What does not, and has tests elsewhere: PPO's and the critic's clipping, which bound a step and not its end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_core.losses.policy import policy_loss
+from rlhf_core.losses.value import value_loss
+from rlhf_core.ops.advantages import gae, rloo_advantages
+from rlhf_core.ops.kl import kl_penalty
+from rlhf_core.ops.masked import masked_whiten
+
+BETA = 0.3
+SAMPLES = 512  # a step
+
+
+@dataclass
+class Tree:
+    """Every sequence there is, N of them, and what they have in common: their beginnings, S of them."""
+
+    symbols: Tensor  # (N, 4) int64; the fourth place is padding
+    beginnings: Tensor  # (N, 4) int64: the number of what stands before each place
+    mask: Tensor  # (N, 4) bool
+    size: int  # S
+
+    def tokens(self, table: Tensor) -> Tensor:
+        """(S,) or (S, 3) -> (N, 4): the table's value at each place, or each symbol's; rubbish where there is none."""
+        values = table[self.beginnings] if table.dim() == 1 else table[self.beginnings, self.symbols]
+        return torch.where(self.mask, values, torch.nan)
+
+    def logprobs(self, logits: Tensor) -> Tensor:
+        return self.tokens(logits.log_softmax(-1))
+
+    def distribution(self, logits: Tensor) -> Tensor:
+        """(S, 3) -> (N,) probabilities of whole sequences."""
+        return self.logprobs(logits).nansum(-1).exp()
+
+
+def grow(end: int | None) -> Tree:
+    """Sequences of three symbols, or up to the first `end`."""
+    sequences, numbers = [], {(): 0}
+    for sequence in ((a, b, c) for a in range(3) for b in range(3) for c in range(3)):
+        sequence = sequence[: sequence.index(end) + 1] if end in sequence else sequence
+        if sequence not in sequences:
+            sequences.append(sequence)
+    for sequence in sequences:
+        for length in range(1, len(sequence)):
+            numbers.setdefault(sequence[:length], len(numbers))
+    places = [[(s[t], numbers[s[:t]], True) if t < len(s) else (0, 0, False) for t in range(4)] for s in sequences]
+    symbols, beginnings, mask = torch.tensor(places).unbind(-1)
+    return Tree(symbols, beginnings, mask.bool(), len(numbers))
+
+
+class Task:
+    """A random reference and random rewards, and where they lead."""
+
+    def __init__(self, tree: Tree, seed: int):
+        self.tree, self.generator = tree, torch.Generator().manual_seed(seed)
+        self.reference = torch.randn(tree.size, 3, generator=self.generator)
+        self.rewards = torch.randn(len(tree.mask), generator=self.generator)
+        self.start = tree.distribution(self.reference)
+        self.optimum = (self.start.log() + self.rewards / BETA).softmax(-1)
+
+    def train(self, update, policy: Tensor, *others: Tensor, steps: int, lr: float) -> Tensor:
+        """Sample, update, anneal; returns the distribution of the policy."""
+        optimizer = torch.optim.Adam([policy, *others], lr=lr)
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+            with torch.no_grad():
+                chances, logprobs = self.tree.distribution(policy), self.tree.logprobs(policy)
+                ref_logprobs = self.tree.logprobs(self.reference)
+            drawn = torch.multinomial(chances, SAMPLES, replacement=True, generator=self.generator)
+            update(optimizer, drawn, self.rewards[drawn], logprobs[drawn], ref_logprobs[drawn], self.tree.mask[drawn])
+        return self.tree.distribution(policy.detach())
+
+
+@dataclass
+class Mistake:
+    """What could go wrong: factors that should be 1."""
+
+    advantages: int = 1
+    price: int = 1
+    scores: int = 1
+
+    def priced(self, scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+        """Rewards per token. A price of -1: policy and reference exchanged, so that k1 = d is -d."""
+        pair = (ref_logprobs, logprobs) if self.price < 0 else (logprobs, ref_logprobs)
+        return kl_penalty(self.scores * scores, *pair, mask, kl_coef=BETA * abs(self.price))[0]
+
+
+def ppo(task: Task, mistake: Mistake, *, steps: int = 150, lr: float = 0.1) -> Tensor:
+    """Price, credit, whitening, then epochs over minibatches of clipped losses, as in trainers/ppo.py."""
+    policy, critic = task.reference.clone().requires_grad_(), torch.zeros(task.tree.size, requires_grad=True)
+
+    def update(optimizer, drawn, scores, logprobs, ref_logprobs, mask):
+        values = task.tree.tokens(critic.detach())[drawn]
+        rewards = mistake.priced(scores, logprobs, ref_logprobs, mask)
+        advantages, returns = gae(rewards, values, mask, gamma=1.0, lam=0.95)
+        advantages = mistake.advantages * masked_whiten(advantages, mask)
+        for _ in range(2):
+            for part in torch.randperm(SAMPLES, generator=task.generator).split(SAMPLES // 2):
+                policy_term, _ = policy_loss(
+                    "ppo",
+                    new_logprobs=task.tree.logprobs(policy)[drawn[part]],
+                    logprobs=logprobs[part],
+                    advantages=advantages[part],
+                    mask=mask[part],
+                    clip=0.2,
+                )
+                value_term, _ = value_loss(
+                    new_values=task.tree.tokens(critic)[drawn[part]],
+                    values=values[part],
+                    returns=returns[part],
+                    mask=mask[part],
+                    value_clip=0.2,
+                )
+                optimizer.zero_grad()
+                (policy_term + 0.5 * value_term).backward()
+                optimizer.step()
+
+    return task.train(update, policy, critic, steps=steps, lr=lr)
+
+
+def rloo(task: Task, mistake: Mistake, *, steps: int = 300, lr: float = 0.1) -> Tensor:
+    """A sequence's score less the price of its KL, against the mean of the others in its group; no critic, no ratio."""
+    policy = task.reference.clone().requires_grad_()
+
+    def update(optimizer, drawn, scores, logprobs, ref_logprobs, mask):
+        rewards = mistake.priced(scores, logprobs, ref_logprobs, mask)
+        advantages = mistake.advantages * rloo_advantages(rewards.sum(-1), group_size=4)
+        new_logprobs = task.tree.logprobs(policy)[drawn]
+        loss, _ = policy_loss(
+            "reinforce", new_logprobs=new_logprobs, logprobs=logprobs, advantages=advantages, mask=mask
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return task.train(update, policy, steps=steps, lr=lr)
+
+
+TREES = {"27": grow(None), "15": grow(end=2)}
+trees = pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+
+
+@trees
+@pytest.mark.parametrize("name", ["ppo", "reinforce"])
+def test_the_expected_gradient_is_the_objectives(name, tree):
+    """J = E[r] - beta KL(pi || ref) over whole sequences, differentiated by autograd, against sum_y p(y) loss(y).
+
+    On policy, at lambda 1, whatever the critic says: its values are a baseline. By RLOO, over all groups of two.
+    """
+    generator = torch.Generator().manual_seed(1)
+    logits, reference = torch.randn(2, tree.size, 3, dtype=torch.float64, generator=generator)
+    values, scores = (torch.randn(n, dtype=torch.float64, generator=generator) for n in (tree.size, len(tree.mask)))
+    logits.requires_grad_()
+    chances, ref_logprobs = tree.distribution(logits), tree.logprobs(reference)
+    objective = chances @ (scores - BETA * (chances.log() - tree.distribution(reference).log()))
+    (expected,) = torch.autograd.grad(-objective, logits)
+
+    rewards, _ = kl_penalty(scores, tree.logprobs(logits).detach(), ref_logprobs, tree.mask, kl_coef=BETA)
+    rows, weights = torch.arange(len(scores)), tree.distribution(logits.detach())
+    advantages, _ = gae(rewards, tree.tokens(values), tree.mask, gamma=1.0, lam=1.0)
+    if name == "reinforce":
+        rows = torch.cartesian_prod(rows, rows)
+        weights = weights[rows].prod(-1).repeat_interleave(2) / 2  # of a group; the mean over its two members
+        rows = rows.flatten()
+        advantages = rloo_advantages(rewards.sum(-1)[rows], group_size=2)
+    loss, _ = policy_loss(
+        name,
+        new_logprobs=tree.logprobs(logits)[rows],
+        logprobs=tree.logprobs(logits).detach()[rows],
+        advantages=advantages,
+        mask=tree.mask[rows],
+        weights=weights[:, None],
+        normalizer=1,
+    )
+    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], expected, rtol=0, atol=1e-12)
+
+
+@trees
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("algorithm", "tolerance"), [(ppo, 0.02), (rloo, 0.01)])
+def test_the_optimum_is_found(total_variation, algorithm, tolerance, seed, tree):
+    task = Task(tree, seed)
+    assert total_variation(task.start, task.optimum) > 0.3
+    assert total_variation(algorithm(task, Mistake()), task.optimum) < tolerance
+
+
+MISTAKES = {
+    "the advantages' sign": Mistake(advantages=-1),
+    "the price's sign": Mistake(price=-1),
+    "no price": Mistake(price=0),
+    "the scores' sign": Mistake(scores=-1),
+    "no scores": Mistake(scores=0),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
+@pytest.mark.parametrize("algorithm", [ppo, rloo])
+def test_a_mistake_is_not_forgiven(total_variation, algorithm, mistake):
+    """The check above can fail: with any of these it ends nowhere near the optimum."""
+    task = Task(TREES["27"], 0)
+    assert total_variation(algorithm(task, mistake), task.optimum) > 0.3
+
+
+@pytest.mark.parametrize(("end", "sequences", "beginnings"), [(None, 27, 13), (2, 15, 7)])
+def test_the_trees_are_whole(end, sequences, beginnings):
+    """Any table gives probabilities that sum to 1, over all sequences and at every beginning that is followed."""
+    tree = grow(end)
+    assert tree.mask.shape == (sequences, 4) and tree.size == beginnings
+    logits = torch.randn(beginnings, 3, generator=torch.Generator().manual_seed(0))
+    assert tree.distribution(logits).sum().item() == pytest.approx(1)
+    assert not tree.mask[:, 3].any()
