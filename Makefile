@@ -14,13 +14,14 @@ DEMO_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
+PARITY := .envs/parity
 
 # A .venv that was copied or moved together with its checkout still points at the old place; the stamp knows its own.
 ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 $(shell rm -f $(STAMP))
 endif
 
-.PHONY: help setup test lint format bench demo wheel clean
+.PHONY: help setup test lint format bench demo docs parity wheel clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +69,22 @@ bench: $(STAMP)  ## run the benchmarks (BENCH_ARGS=--help)
 demo: $(STAMP)  ## SFT, reward model, PPO and DPO on a small invented language, in minutes (DEMO_ARGS=--quick)
 	@$(BIN)/rlhf demo $(DEMO_ARGS)
 
+docs: $(STAMP)  ## write docs/losses.md from the code
+	@$(BIN)/python docs/loss_table.py
+
+parity: $(PARITY)/.stamp  ## run TRL, Liger and Stable-Baselines3 again for tests/parity/golden (makes .envs/parity first)
+	@$(PARITY)/bin/python tests/parity/regenerate.py
+
+# torch first and alone, so that nothing else chooses which build of it.
+$(PARITY)/.stamp: tests/parity/requirements.txt
+	@echo "Setting up $(PARITY) (once, a minute or two; 2.5 GB) ..."
+	@rm -rf $(PARITY)
+	@$(PYTHON) -m venv $(PARITY)
+	@pip="$(PARITY)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS)"; \
+	  $$pip "$$(grep '^torch==' $<)"; \
+	  $$pip -r $<
+	@touch $@
+
 wheel: $(STAMP)  ## build the wheel into dist/
 	@rm -rf build dist
 	@$(BIN)/python -m build -qq --wheel --outdir dist
@@ -75,5 +92,5 @@ wheel: $(STAMP)  ## build the wheel into dist/
 	@ls dist/*.whl
 
 clean:  ## remove .venv, caches and everything built
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) .envs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find rlhf_core kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

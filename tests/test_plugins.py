@@ -92,7 +92,7 @@ def test_without_its_module_the_name_is_unknown(losses_file):
         (dict(loss="sigmod"), "loss='sigmod': expected one of .*; did you mean sigmoid"),
         (dict(beta=0.0), "beta=0.0: expected more than 0"),
         (dict(label_smoothing=0.5), "label_smoothing=0.5: expected 0 <= label_smoothing < 0.5"),
-        (dict(loss="ipo", label_smoothing=0.1), "label_smoothing=0.1: loss 'ipo' has no label smoothing"),
+        (dict(loss="ipo", label_smoothing=0.1), "label_smoothing=0.1: not defined for 'ipo'"),
         (dict(loss="exo_pair"), "label_smoothing=0.0: expected more than 0 for 'exo_pair'"),
         (dict(loss="odpo"), "loss 'odpo' needs margin"),
     ],

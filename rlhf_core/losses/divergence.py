@@ -8,6 +8,8 @@ completions of a pair (arXiv:2309.16240, theorem 1). With u = log(pi / ref):
     forward_kl   f'(e^u) = -e^-u
     js           f'(e^u) = log sigmoid(u)            (+ log 2, which cancels)
     alpha        f'(e^u) = (e^((alpha - 1) u) - 1) / (alpha - 1);  alpha = 0: forward_kl, alpha -> 1: reverse_kl
+
+The paper counts its alpha from the other end: theirs is 1 - alpha.
 """
 
 from __future__ import annotations

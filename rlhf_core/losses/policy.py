@@ -156,7 +156,9 @@ def _at_level(log_ratio: Tensor, mask: Tensor, ratio_level: str) -> Tensor:
 @register_policy_loss(
     "gspo", aggregation="sequence", ratio_level="sequence", source="GSPO (Zheng et al. 2025, arXiv:2507.18071)"
 )
-@register_policy_loss("luspo", aggregation="sequence_sum", ratio_level="sequence", source="LUSPO (arXiv:2602.05261)")
+@register_policy_loss(
+    "luspo", aggregation="sequence_sum", ratio_level="sequence", source="LUSPO (Liu et al. 2026, arXiv:2602.05261)"
+)
 def clipped_surrogate(
     terms: PolicyTerms, *, clip: float = 0.2, clip_high: float | None = None, dual_clip: float | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -240,7 +242,7 @@ def vespo(
     k_neg: float = 3.0,
     lambda_neg: float = 2.0,
 ) -> Tensor:
-    """VESPO: a gamma-shaped weight of the sequence's ratio (arXiv:2602.10693).
+    """VESPO: a gamma-shaped weight of the sequence's ratio (Shen et al. 2026, arXiv:2602.10693).
 
     -stop_gradient(phi(w)) A log pi(token),   phi(w) = e^lambda w^k e^(-lambda w),   phi(1) = 1
     w = product of the tokens' ratios;   k, lambda by the sign of A
@@ -389,8 +391,8 @@ def off_policy_mask(
 
         keep where A >= 0 or mean over the completion's tokens of (log p_rollout - log p_new) <= threshold
 
-    arXiv:2512.02556. As `weights` of `policy_loss` the rest count as tokens of loss 0; and-ed with the mask they do not
-    count at all.
+    arXiv:2512.02556, eq. 9. As `weights` of `policy_loss` the rest count as tokens of loss 0; and-ed with the mask they
+    do not count at all.
 
     Args:
         new_logprobs, rollout_logprobs: (B, T). advantages: (B,), (B, 1) or (B, T). mask: (B, T) bool.

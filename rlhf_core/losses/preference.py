@@ -17,7 +17,7 @@ Lists of more than two: ranking.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ def preference_loss(
 
     Args:
         name: a name of `PREFERENCE_LOSSES`, or a list of names (MPO, arXiv:2411.10442: ["sigmoid", "bco_pair", "sft"]
-            with weights [0.8, 0.2, 1]; RPO, arXiv:2404.19733: ["sigmoid", "sft"]).
+            with weights [0.8, 0.2, 1]; iterative RPO, arXiv:2404.19733: ["sigmoid", "sft"]).
         *_logprobs: (B, T) token log-probs under the policy; ref_*: under the reference, None where no loss needs it.
         *_mask: (B, T) bool, True = completion token. T may differ between the sides. A pair with an empty side is not
             counted.
@@ -118,12 +118,19 @@ def preference_loss(
         chosen_kl=chosen_kl,
         rejected_kl=rejected_kl,
     )
-    for each, entry in entries.items():
-        _check(each, entry, given, beta, label_smoothing, reference_free)
-    _check_concerns(entries, "f_divergence", f_divergence, f_divergence != "reverse_kl", spared=("sft",))
-    _check_concerns(entries, "ld_alpha", ld_alpha, ld_alpha is not None, spared=("sft",))
-    _check_concerns(entries, "pair_weights", "a tensor", pair_weights is not None)
+    require_beta(beta)
+    require_label_smoothing(label_smoothing)
     require(ld_alpha is None or 0 <= ld_alpha <= 1, "ld_alpha", ld_alpha, "between 0 and 1")
+    for each, entry in entries.items():
+        _require_tensors(each, entry, given, reference_free)
+    if label_smoothing:
+        _require_all(entries, "label_smoothing", label_smoothing, lambda e: "label_smoothing" in options_of(e.function))
+    if f_divergence != "reverse_kl":
+        _require_all(entries, "f_divergence", f_divergence, lambda entry: entry.f_divergence)
+    if ld_alpha is not None:
+        _require_all(entries, "ld_alpha", ld_alpha, lambda entry: entry.ld_alpha)
+    if pair_weights is not None:
+        _require_all(entries, "pair_weights", "a tensor", lambda entry: entry.pair_weights)
     shared = share_options({each: entry.function for each, entry in entries.items()}, options)
 
     tensors = dict(
@@ -136,8 +143,9 @@ def preference_loss(
     )
     tensors = _whole_pairs(tensors, normalizer)
     pairs = len(tensors["chosen_mask"]) if normalizer is None else normalizer
-    if token_normalizer is None:  # a micro-batch's own mean, weighed by its share of the pairs
-        token_normalizer = tensors["chosen_mask"].sum().clamp(min=1) * pairs / max(len(tensors["chosen_mask"]), 1)
+    nll_counts = (pairs, token_normalizer)
+    if token_normalizer is None:  # a micro-batch's own mean over tokens, weighed by its share of the pairs
+        nll_counts = (len(tensors["chosen_mask"]), tensors["chosen_mask"].sum().clamp(min=1))
 
     total, stats = 0.0, {}
     for each, weight in zip(names, weights, strict=True):
@@ -148,7 +156,7 @@ def preference_loss(
             length_normalized=entry.length_normalized,
             divergence=dict(divergence=f_divergence, alpha=f_alpha) if entry.f_divergence else {},
             ld_alpha=ld_alpha if entry.ld_alpha else None,
-            nll_scale=pairs / token_normalizer,
+            nll_counts=nll_counts,
         )
         own = shared[each] | dict(beta=beta, label_smoothing=label_smoothing)
         losses = entry.function(terms, **{key: own[key] for key in options_of(entry.function) if key in own})
@@ -163,11 +171,12 @@ def preference_loss(
 
 
 def wpo_weights(logprobs: Tensor, log_sum_sq_probs: Tensor, mask: Tensor) -> Tensor:
-    """WPO: how likely a completion would be had the policy itself sampled it (Zhou et al. 2024, arXiv:2406.11827).
+    """WPO: how likely the policy itself would have been to sample it (Zhou et al. 2024, arXiv:2406.11827, eq. 2).
 
-        w = exp(mean over tokens of (log p(token) - log sum_v p(v)^2)),   clamped nowhere, without gradient
+        w = exp(mean over tokens of (log p(token) - log sum_v p(v)^2)),   without gradient
 
-    A pair's weight is the product of its completions' weights, given to `preference_loss` as `pair_weights`.
+    A pair's weight is the product of its completions' weights, given to `preference_loss` as `pair_weights`. The
+    authors' code cuts that product at 1, which the paper does not: `.clamp(max=1)` gives theirs.
 
     Args:
         logprobs: (B, T) of the tokens. log_sum_sq_probs: (B, T), log of the expected probability of a sampled token
@@ -179,27 +188,23 @@ def wpo_weights(logprobs: Tensor, log_sum_sq_probs: Tensor, mask: Tensor) -> Ten
 # ------------------------------------------------------------------------------------------------- from tokens to terms
 
 
-def _check(
-    name: str, entry: PreferenceLoss, given: dict, beta: float, label_smoothing: float, reference_free: bool
-) -> None:
-    require_beta(beta)
-    require_label_smoothing(label_smoothing)
-    if label_smoothing and "label_smoothing" not in options_of(entry.function):
-        raise ValueError(f"label_smoothing={label_smoothing}: loss {name!r} has no label smoothing")
-    reference = ("ref_chosen_logprobs", "ref_rejected_logprobs")
-    if entry.needs_reference and not reference_free and any(given[each] is None for each in reference):
-        raise ValueError(f"loss {name!r} needs {' and '.join(reference)}")
-    if any(given[each] is None for each in entry.needs):
-        raise ValueError(f"loss {name!r} needs {' and '.join(entry.needs)}")
+def _require_tensors(name: str, entry: PreferenceLoss, given: dict, reference_free: bool) -> None:
+    needs = [*entry.needs]
+    if entry.needs_reference and not reference_free:
+        needs += ["ref_chosen_logprobs", "ref_rejected_logprobs"]
+    if any(given[each] is None for each in needs):
+        raise ValueError(f"loss {name!r} needs {' and '.join(needs)}")
 
 
-def _check_concerns(
-    entries: dict[str, PreferenceLoss], field: str, value: object, asked: bool, spared: tuple[str, ...] = ()
+def _require_all(
+    entries: dict[str, PreferenceLoss], field: str, value: object, has: Callable[[PreferenceLoss], bool]
 ) -> None:
-    """An option is honoured by every loss, or refused: never by some in silence. `spared` do not use log-ratios."""
-    concerned = [name for name in entries if name not in spared]
-    without = [name for name in concerned or entries if not getattr(entries[name], field)]
-    if asked and without:
+    """An option is honoured by every loss or refused, never by some in silence. "sft" beside others is spared: its
+    labels are not in doubt, and it looks at no ratio and no second completion (but a pair's weight is its weight too).
+    """
+    concerned = [name for name in entries if name != "sft" or field == "pair_weights"] or [*entries]
+    without = [name for name in concerned if not has(entries[name])]
+    if without:
         raise ValueError(f"{field}={value}: not defined for {', '.join(map(repr, without))}")
 
 
@@ -225,7 +230,7 @@ def _pair_terms(
     length_normalized: bool,
     divergence: dict[str, Any],
     ld_alpha: float | None,
-    nll_scale: float | Tensor,
+    nll_counts: tuple[float | Tensor, float | Tensor],
 ) -> PairTerms:
     """Sums, or means, over each completion's tokens."""
     lengths = {side: tensors[f"{side}_mask"].sum(-1) for side in ("chosen", "rejected")}
@@ -258,7 +263,7 @@ def _pair_terms(
             rejected_length=over["rejected"],
             **divergence,
         ),
-        chosen_nll=-masked_sum(tensors["chosen_logprobs"], tensors["chosen_mask"], -1) * nll_scale,
+        chosen_nll=-masked_sum(tensors["chosen_logprobs"], tensors["chosen_mask"], -1) * nll_counts[0] / nll_counts[1],
         margin=tensors["margin"],
     )
 
@@ -325,7 +330,7 @@ def sigmoid_norm(pairs: PairTerms, *, beta: float, label_smoothing: float) -> Te
 
 @register_preference_loss("robust", f_divergence=True)
 def robust(pairs: PairTerms, *, beta: float, label_smoothing: float) -> Tensor:
-    """Robust DPO: unbiased under labels flipped with probability e (Chowdhury et al. 2024, arXiv:2403.00409, eq. 12).
+    """Robust DPO: unbiased under labels flipped with probability e (Chowdhury et al. 2024, arXiv:2403.00409).
 
     (-(1 - e) log sigmoid(beta d) + e log sigmoid(-beta d)) / (1 - 2 e)
 
@@ -375,7 +380,7 @@ def beta_dpo(
     gap_mean: float = 0.0,
     min_beta: float = 1e-3,
 ) -> Tensor:
-    """Beta-DPO: beta follows the batch's gap (Wu et al. 2024, arXiv:2407.08639, eq. 7; its data filter is left out).
+    """Beta-DPO: beta follows the batch's gap (Wu et al. 2024, arXiv:2407.08639; its data filter is left out).
 
     -log sigmoid(beta' d),   beta' = max(min_beta, beta (1 + beta_alpha (mean d - gap_mean))) without gradient
 
@@ -389,7 +394,7 @@ def beta_dpo(
 
 @register_preference_loss("odpo", f_divergence=True, needs=("margin",))
 def odpo(pairs: PairTerms, *, beta: float, label_smoothing: float) -> Tensor:
-    """DPO with an offset: by how much is the chosen one better (Amini et al. 2024, arXiv:2402.10571, eq. 6).
+    """DPO with an offset: by how much is the chosen one better (Amini et al. 2024, arXiv:2402.10571).
 
     -log sigmoid(beta d - margin),   margin (B,), for example alpha log(score_c - score_r)
     """
@@ -398,7 +403,7 @@ def odpo(pairs: PairTerms, *, beta: float, label_smoothing: float) -> Tensor:
 
 @register_preference_loss("r_dpo", f_divergence=True)
 def r_dpo(pairs: PairTerms, *, beta: float, label_smoothing: float, length_coef: float = 0.01) -> Tensor:
-    """Length-regularised DPO: a reward that charges length_coef a token (Park et al. 2024, arXiv:2403.19159, eq. 9).
+    """Length-regularised DPO: a reward that charges length_coef a token (Park et al. 2024, arXiv:2403.19159).
 
     -log sigmoid(beta d + length_coef (L_c - L_r))
     """
@@ -432,7 +437,7 @@ def cal_dpo(pairs: PairTerms, *, beta: float, cal_coef: float = 1.0) -> Tensor:
 
 @register_preference_loss("tdpo1", ld_alpha=False, needs=("chosen_kl", "rejected_kl"))
 def tdpo1(pairs: PairTerms, *, beta: float, label_smoothing: float) -> Tensor:
-    """Token-level DPO (Zeng et al. 2024, arXiv:2404.11999, eq. 14).
+    """Token-level DPO (Zeng et al. 2024, arXiv:2404.11999, eq. 15).
 
     -log sigmoid(beta (d - (KL_r - KL_c))),   KL = sum over tokens of KL(reference || policy), with gradient
 
@@ -456,7 +461,7 @@ def tdpo2(pairs: PairTerms, *, beta: float, label_smoothing: float, tdpo_alpha: 
 
 @register_preference_loss("hinge", f_divergence=True)
 def hinge(pairs: PairTerms, *, beta: float) -> Tensor:
-    """Hinge loss on DPO's logit (SLiC, Zhao et al. 2023, arXiv:2305.10425; on log-ratios: RSO, arXiv:2309.06657).
+    """Hinge loss on DPO's logit (SLiC-HF, Zhao et al. 2023, arXiv:2305.10425; on log-ratios: RSO, arXiv:2309.06657).
 
     max(0, 1 - beta d)
     """
@@ -486,7 +491,7 @@ def sppo_hard(pairs: PairTerms, *, beta: float) -> Tensor:
 
 @register_preference_loss("nca_pair")
 def nca_pair(pairs: PairTerms, *, beta: float) -> Tensor:
-    """NCA: noise-contrastive, so that the chosen one is held up by itself (Chen et al. 2024, arXiv:2402.05369, eq. 12).
+    """NCA: noise-contrastive, each side held by itself (Chen et al. 2024, arXiv:2402.05369, table 1).
 
     -log sigmoid(beta a) - 1/2 log sigmoid(-beta a) - 1/2 log sigmoid(-beta b)
     """
@@ -496,7 +501,7 @@ def nca_pair(pairs: PairTerms, *, beta: float) -> Tensor:
 
 @register_preference_loss("bco_pair")
 def bco_pair(pairs: PairTerms, *, beta: float, delta: float = 0.0) -> Tensor:
-    """BCO on pairs: a binary classifier of chosen against rejected (Jung et al. 2024, arXiv:2404.04656, eq. 9).
+    """BCO on pairs: a binary classifier of chosen against rejected (Jung et al. 2024, arXiv:2404.04656).
 
     -log sigmoid(beta a - delta) - log sigmoid(-(beta b - delta))
 
@@ -559,7 +564,7 @@ def sft(pairs: PairTerms) -> Tensor:
 
 @register_preference_loss("cpo", needs_reference=False)
 def cpo(pairs: PairTerms, *, beta: float, label_smoothing: float, nll_coef: float = 1.0) -> Tensor:
-    """CPO: DPO under a uniform reference, plus NLL of the chosen (Xu et al. 2024, arXiv:2401.08417, eq. 3).
+    """CPO: DPO under a uniform reference, plus NLL of the chosen (Xu et al. 2024, arXiv:2401.08417, eq. 3 and NLL).
 
     -log sigmoid(beta (l_c - l_r)) + nll_coef nll_c
     """

@@ -104,7 +104,7 @@ def plackett_luce(terms: RankedTerms, *, beta: float) -> Tensor:
 
 @register_ranked_loss("rrhf", needs_reference=False)
 def rrhf(terms: RankedTerms, *, nll_coef: float = 1.0) -> Tensor:
-    """RRHF: mean log-probs in the scores' order, and NLL of the best (Yuan et al. 2023, arXiv:2304.05302, eq. 2 to 4).
+    """RRHF: mean log-probs in the scores' order, and NLL of the best (Yuan et al. 2023, arXiv:2304.05302, eq. 1 to 5).
 
     sum over pairs with score_i > score_j of max(0, p_j - p_i) - nll_coef l_best,   p = l / L
     """

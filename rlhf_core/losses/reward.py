@@ -72,6 +72,8 @@ def plackett_luce_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The negative log-likelihood of whole rankings (Luce 1959; Plackett 1975), the mean over lists.
 
+        sum over places k of   log sum_{j >= k} exp(score_j) - score_k
+
     Args:
         scores: (B, K), each list from best to worst. mask: (B, K) bool, False where a list is shorter; None: all full.
             A list with fewer than two entries ranks nothing: it adds to neither sum nor count.
@@ -93,9 +95,7 @@ def plackett_luce_loss(
 
 
 def plackett_luce_nll(scores: Tensor, mask: Tensor) -> Tensor:
-    """-log probability of each list's order, (B,): the first is drawn from all, the next from those that are left, ...
-
-        sum over places k of   log sum_{j >= k} exp(score_j) - score_k
+    """Each list's part of `plackett_luce_loss`, (B,): the first is drawn from all, the next from those left, and so on.
 
     Two entries are Bradley-Terry; one or none has 0.
 

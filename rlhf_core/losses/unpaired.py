@@ -65,7 +65,7 @@ def unpaired_preference_loss(
             token; a row without tokens is not counted. labels: (B,) bool, True = desirable.
         kl: scalar, what `kto_kl` gives; "kto" needs it. It is a constant to the gradient.
         desirable_weight, undesirable_weight: more than 0; KTO's authors want (desirable_weight times the desirable
-            rows) / (undesirable_weight times the others) between 1 and 4/3.
+            rows) / (undesirable_weight times the others) between 1 and 3/2 (eq. 9; 4/3 in their first versions).
         normalizer: divide by this instead of the local count of completions.
         options: keyword-only parameters of the loss, such as bco's `delta`.
 

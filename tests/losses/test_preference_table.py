@@ -360,7 +360,7 @@ def test_an_option_is_honoured_or_refused(name):
     if "label_smoothing" in options_of(entry.function):
         assert call(name, pairs, label_smoothing=0.3)[0] != plain
     else:
-        with pytest.raises(ValueError, match=f"label_smoothing=0.3: loss '{name}' has no label smoothing"):
+        with pytest.raises(ValueError, match=f"label_smoothing=0.3: not defined for '{name}'"):
             call(name, pairs, label_smoothing=0.3)
     for field, value in (("f_divergence", "js"), ("ld_alpha", 0.5), ("pair_weights", torch.rand(4))):
         if getattr(entry, field):
@@ -372,7 +372,7 @@ def test_an_option_is_honoured_or_refused(name):
 
 def test_a_mix_spares_sft_and_nobody_else():
     kept = {key: value for key, value in draw(12).items() if "kl" not in key and key != "margin"}
-    for field, value in (("f_divergence", "js"), ("ld_alpha", 0.5)):
+    for field, value in (("f_divergence", "js"), ("ld_alpha", 0.5), ("label_smoothing", 0.1)):
         mixed, stats = preference_loss(["sigmoid", "sft"], **kept, **{field: value})
         torch.testing.assert_close(mixed, call("sigmoid", kept, **{field: value})[0] + call("sft", kept)[0])
     with pytest.raises(ValueError, match="f_divergence=js: not defined for 'bco_pair'"):
