@@ -51,6 +51,21 @@ def test_the_readme_registers_a_loss():
         PREFERENCE_LOSSES.pop("tempered", None)
 
 
+def test_the_mathematics_of_the_readme_runs():
+    """The block as it stands, on pairs and samples made here."""
+    logprobs, mask = -torch.rand(8, 5), torch.ones(8, 5, dtype=torch.bool)
+    pairs = dict(chosen_logprobs=logprobs, rejected_logprobs=logprobs, chosen_mask=mask, rejected_mask=mask)
+    pairs |= dict(ref_chosen_logprobs=logprobs, ref_rejected_logprobs=logprobs)
+    names = dict(pairs=pairs, scores=torch.rand(8), new=logprobs, old=logprobs, reference=-torch.rand(8, 5), mask=mask)
+    exec(python_blocks()[2], names)
+    assert torch.isfinite(names["loss"]) and names["advantages"].shape == (8,)
+
+
+def test_the_readme_counts_the_losses():
+    listed = re.findall(r"^\| `", (ROOT / "docs" / "losses.md").read_text(), flags=re.MULTILINE)
+    assert f"all {len(listed)} losses by name" in README
+
+
 def test_every_command_in_the_readme_is_a_job_with_those_options():
     commands = re.findall(r"^rlhf (\w+) +(--.*)$", README, flags=re.MULTILINE)
     assert {name for name, _ in commands} >= {"sft", "reward", "ppo", "dpo"}

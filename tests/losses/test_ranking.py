@@ -63,6 +63,13 @@ def test_rrhf_by_hand():
     assert turned[0] == 0  # the order of p itself
 
 
+def test_accuracy_counts_a_tie_half_and_unequal_scores_only():
+    """Log-ratios 1, 1, 0 with scores 2, 1, 1: pairs (1, 2) tied, (1, 3) right, (2, 3) not compared: 3/4."""
+    rows = dict(logprobs=torch.tensor([[[1.0], [1.0], [0.0]]]), ref_logprobs=torch.zeros(1, 3, 1))
+    rows |= dict(mask=torch.ones(1, 3, 1, dtype=torch.bool), scores=torch.tensor([[2.0, 1.0, 1.0]]))
+    assert ranked_preference_loss("plackett_luce", **rows)[1]["accuracy"] == 0.75
+
+
 @settings(max_examples=20, deadline=None)
 @given(seed=seeds, beta=st.floats(0.05, 2))
 def test_two_completions_are_dpo(seed, beta):

@@ -79,6 +79,12 @@ def test_the_kl_estimate():
     estimate = kto_kl(reference, logprobs, mask)
     assert estimate.item() == pytest.approx(0.25) and not estimate.requires_grad
     assert kto_kl(logprobs, reference, torch.tensor([[True, True], [False, False]])) == pytest.approx(0.5)
+    wide = (
+        torch.tensor([[1.0, 2.0, 4.0], [-1.0, 3.0, math.nan]]),
+        torch.zeros(2, 3),
+        torch.tensor([[True] * 3, [True, True, False]]),
+    )
+    assert kto_kl(*wide) == (7 + 2) / 2
     with pytest.raises(ValueError, match="False everywhere"):
         kto_kl(logprobs, reference, torch.zeros(2, 2, dtype=torch.bool))
 
