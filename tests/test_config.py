@@ -76,6 +76,7 @@ BAD = {
     "sampling.batch_size": [0],
     "center_coef": [-0.1, math.nan],
     "loss": ["sigmoide"],
+    "cache_reference": ["sometimes"],
     "beta": [0, -1, *INFINITE],
     "label_smoothing": [-0.1, 0.5],
     "minibatch_size": [0],

@@ -9,22 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from rlhf_core.batch import PackedBatch
 from rlhf_core.config import ConfigError, DataConfig, ModelConfig, RunConfig, did_you_mean, require
 from rlhf_core.data.loader import count_steps, load_examples, micro_batches, step_examples
 from rlhf_core.data.tokenize import Example
 from rlhf_core.losses.preference import PREFERENCE_LOSSES, preference_loss
-from rlhf_core.models.forward import pair_logprobs
+from rlhf_core.models.forward import device_of, pair_logprobs
 from rlhf_core.models.load import load_policy, load_reference, save_model
 from rlhf_core.plugins import import_module
 from rlhf_core.rollout.sampling import evaluating
 from rlhf_core.training.metrics import Averages
 from rlhf_core.training.optim import build_optimizer, optimizer_step
+from rlhf_core.training.reference_cache import cached_logprobs, caching_pays
 from rlhf_core.training.run import Run, claim_folder
 
 
@@ -44,6 +45,10 @@ class DPOConfig(RunConfig):
     """Strength of the pull to the reference."""
     label_smoothing: float = 0.0
     """Probability that a label is wrong."""
+    cache_reference: Literal["auto", "on", "off"] = "auto"
+    """Compute the reference's log-probs once, before the first step; auto does where examples are seen twice."""
+    reference_cache: str | None = None
+    """Folder for the cached log-probs, to be shared between runs; the output folder, if not given."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -79,32 +84,44 @@ def train(config: DPOConfig) -> dict[str, float]:
     optimizer = build_optimizer([policy], config.optim)
     total_steps = count_steps(len(examples), config.batch_size, config.epochs, config.max_steps)
     evaluation: dict[str, float] = {}
+    size = config.micro_batch_size or config.batch_size
+    cache = None
+    often = config.cache_reference == "on" or caching_pays(len(examples), config.batch_size, total_steps)
+    if reference is not None and often and config.cache_reference != "off":
+        folder = Path(config.reference_cache or Path(config.output, "reference_logprobs"))
+        options = dict(folder=folder, batch_size=size, layout=config.model.layout)
+        cache, reference = cached_logprobs(reference, [*examples, *held_out], **options), None
 
-    def losses(batches: list[PackedBatch]) -> Iterator[tuple[Tensor, dict[str, Tensor], float]]:
-        """Each micro-batch's part of the loss over them all, its stats, and its share of the pairs."""
-        pairs = sum(batch.num_completions for batch in batches) // 2
-        chosen_tokens = sum(int(batch.completion_mask[0::2].sum()) for batch in batches)
-        for batch in batches:
+    def losses(rows: list[Example]) -> Iterator[tuple[Tensor, dict[str, Tensor], float]]:
+        """Each micro-batch's part of the loss over all rows, its stats, and its share of them."""
+        chosen_tokens = sum(len(row.completions[0]) for row in rows)
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            (batch,) = micro_batches(part, None)
+            pairs = pair_logprobs(policy, reference, batch, layout=config.model.layout)
+            if cache is not None:
+                ref_logprobs = batch.to(device_of(policy)).scatter(cache.of(part))
+                pairs |= dict(ref_chosen_logprobs=ref_logprobs[0::2], ref_rejected_logprobs=ref_logprobs[1::2])
             loss, stats = preference_loss(
                 config.loss,
-                **pair_logprobs(policy, reference, batch, layout=config.model.layout),
+                **pairs,
                 beta=config.beta,
                 label_smoothing=config.label_smoothing,
-                normalizer=pairs,
+                normalizer=len(rows),
                 token_normalizer=chosen_tokens,
             )
-            yield loss, stats, batch.num_completions / 2 / pairs
+            yield loss, stats, len(part) / len(rows)
 
     with Run("dpo", config, total_steps, modules={"policy": policy}, optimizer=optimizer) as run:
         for step in run.steps():
             rows = step_examples(examples, config.batch_size, seed=config.seed, step=step)
             averages = Averages()
-            for loss, stats, share in losses(micro_batches(rows, config.micro_batch_size)):
+            for loss, stats, share in losses(rows):
                 loss.backward()
                 averages.add({"loss": loss / share, **stats}, weight=share)
             metrics = averages.means() | optimizer_step(optimizer, config.optim, step, total_steps)
             if held_out and run.evaluate_now(step):
-                evaluation = evaluate(policy, held_out, config, losses)
+                evaluation = evaluate(policy, held_out, losses)
                 metrics |= evaluation
             run.log(step, metrics, show=("loss", "accuracy", "eval_accuracy"))
         run.save(lambda folder: save_model(folder, policy, tokenizer), summary=evaluation)
@@ -112,10 +129,10 @@ def train(config: DPOConfig) -> dict[str, float]:
 
 
 @torch.no_grad()
-def evaluate(policy: Any, examples: list[Example], config: DPOConfig, losses: Callable) -> dict[str, float]:
+def evaluate(policy: Any, examples: list[Example], losses: Callable) -> dict[str, float]:
     """The training gauges over held-out pairs."""
     averages = Averages()
     with evaluating(policy):
-        for loss, stats, share in losses(micro_batches(examples, config.micro_batch_size or config.batch_size)):
+        for loss, stats, share in losses(examples):
             averages.add({"loss": loss / share, **stats}, weight=share)
     return {f"eval_{name}": value for name, value in averages.means().items()}

@@ -66,7 +66,8 @@ class Outcome:
     @property
     def weights(self) -> dict[str, torch.Tensor]:
         """Of everything that was saved: policy, value head, value model."""
-        files = [path for path in self.folder.rglob("*.safetensors") if "checkpoints" not in path.parts]
+        others = {"checkpoints", "reference_logprobs"}
+        files = [path for path in self.folder.rglob("*.safetensors") if not others & {*path.parts}]
         return {
             f"{path.relative_to(self.folder)}:{name}": tensor
             for path in sorted(files)

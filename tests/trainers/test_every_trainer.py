@@ -95,7 +95,8 @@ def test_the_size_of_micro_batches_does_not_matter(train, plain_run, job):
         assert whole.distance(parts) < 1e-5
         for row, other in zip(whole.metrics, parts.metrics, strict=True):
             assert row.keys() == other.keys()
-            for name in row:
+            ties = abs(row.get("margin", 1.0)) < 1e-6  # at DPO's first step, told apart by rounding alone
+            for name in row.keys() - ({"accuracy"} if ties else set()):
                 assert row[name] == pytest.approx(other[name], rel=1e-3, abs=2e-5), name
 
 

@@ -153,6 +153,28 @@ def test_a_loss_with_an_nll_term_ignores_micro_batches(train, material, name):
         assert other["loss"] == pytest.approx(row["loss"], rel=1e-5)
 
 
+def test_a_cached_reference_gives_the_same_run(train, tmp_path):
+    """Cached or asked at every step: the same metrics and weights. By itself it is cached from the second epoch on."""
+    live, cached = (train("dpo", epochs=3, cache_reference=choice) for choice in ("off", "on"))
+    for row, other in zip(live.metrics, cached.metrics, strict=True):
+        row["accuracy"] = other["accuracy"] if row["step"] == 1 else row["accuracy"]  # ties, told apart by rounding
+        assert other == pytest.approx(row, rel=1e-3, abs=1e-6)
+    assert live.distance(cached) < 1e-6
+    by_itself = train("dpo", epochs=3)
+    assert by_itself.same_weights(cached) and (by_itself.folder / "reference_logprobs").is_dir()
+    assert not (live.folder / "reference_logprobs").exists()
+    assert not (train("dpo", epochs=1).folder / "reference_logprobs").exists()
+
+
+def test_a_cache_is_shared_between_runs_and_by_other_settings_of_the_loss(train, tmp_path, monkeypatch):
+    module = importlib.import_module("rlhf_core.training.reference_cache")
+    shared = dict(cache_reference="on", reference_cache=str(tmp_path / "shared"))
+    first = train("dpo", **shared)
+    monkeypatch.setattr(module, "token_logprobs", lambda *args, **options: pytest.fail("the reference was asked"))
+    assert train("dpo", **shared).same_weights(first)
+    train("dpo", loss="ipo", beta=0.7, seed=3, **shared)
+
+
 @pytest.mark.parametrize("changes", [{}, {"micro_batch_size": 1}, {"model_layout": "padded"}, {"label_smoothing": 0.2}])
 def test_the_first_loss_of_dpo_is_ln_2(train, material, changes):
     changes = dict(changes)

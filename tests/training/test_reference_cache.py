@@ -1,0 +1,132 @@
+"""The reference's log-probs, kept: the same numbers, asked for once, never another reference's or another data's."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlhf_core.data.loader import micro_batches
+from rlhf_core.data.tokenize import Example
+from rlhf_core.models.forward import token_logprobs
+from rlhf_core.training import reference_cache
+from rlhf_core.training.reference_cache import cache_key, cached_logprobs, caching_pays
+
+
+def make_model(seed: int = 0, **changes) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    settings = dict(vocab_size=19, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    return LlamaForCausalLM(LlamaConfig(**settings | changes)).eval().requires_grad_(False)
+
+
+def make_examples(count: int = 7) -> list[Example]:
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(19, (length,), generator=generator).tolist()
+
+    return [Example(draw(2, 8), (draw(1, 6), draw(1, 6)), None) for _ in range(count)]
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[int]:
+    """The number of completions in each forward of a reference."""
+    seen = []
+    original = reference_cache.token_logprobs
+
+    def watch(model, batch, **options):
+        seen.append(batch.num_completions)
+        return original(model, batch, **options)
+
+    monkeypatch.setattr(reference_cache, "token_logprobs", watch)
+    return seen
+
+
+def test_they_are_what_the_reference_says(tmp_path: Path):
+    """Whatever rows are asked for together, in whatever order."""
+    model, examples = make_model(), make_examples()
+    cache = cached_logprobs(model, examples, folder=tmp_path, batch_size=3)
+    for rows in ([0, 1, 2], [6, 2], [5], list(range(7))):
+        part = [examples[i] for i in rows]
+        (batch,) = micro_batches(part, None)
+        torch.testing.assert_close(batch.scatter(cache.of(part)), token_logprobs(model, batch), rtol=1e-5, atol=1e-6)
+
+
+def test_the_file_is_found_again(tmp_path: Path, calls):
+    model, examples = make_model(), make_examples()
+    first = cached_logprobs(model, examples, folder=tmp_path, batch_size=3)
+    assert calls == [6, 6, 2]  # two completions an example, each seen once
+    again = cached_logprobs(make_model(), make_examples(), folder=tmp_path, batch_size=2)
+    assert calls == [6, 6, 2]
+    assert torch.equal(first.of(examples), again.of(again._examples))
+    assert len([*tmp_path.iterdir()]) == 1
+
+
+def test_what_is_computed_again_is_bit_for_bit_the_same(tmp_path: Path):
+    model, examples = make_model(), make_examples()
+    one, other = (cached_logprobs(model, examples, folder=tmp_path / name, batch_size=3) for name in "ab")
+    assert torch.equal(one.of(examples), other.of(examples))
+
+
+def test_the_key_is_everything_they_follow_from(tmp_path: Path):
+    """Weights, the model's settings, one token anywhere, an example more, the layout; and nothing else."""
+    model, examples = make_model(), make_examples()
+    key = cache_key(model, examples, layout="auto")
+    assert key == cache_key(make_model(), make_examples(), layout="auto")
+    one_weight = make_model()
+    one_weight.lm_head.weight.data[0, 0] += 1e-6
+    first, *rest = examples
+    chosen, rejected = first.completions
+    other_prompt = [Example([*first.prompt, 3], (chosen, rejected), None), *rest]
+    other_end = [Example(first.prompt, (chosen, [*rejected, 3]), None), *rest]
+    moved = [Example([*first.prompt, *chosen[:1]], (chosen[1:], rejected), None), *rest]  # the same ids, cut elsewhere
+    others = [
+        cache_key(one_weight, examples, layout="auto"),
+        cache_key(make_model(rms_norm_eps=1e-5), examples, layout="auto"),
+        cache_key(model, other_prompt, layout="auto"),
+        cache_key(model, other_end, layout="auto"),
+        cache_key(model, moved, layout="auto"),
+        cache_key(model, examples[:-1], layout="auto"),
+        cache_key(model, examples, layout="padded"),
+    ]
+    assert len({key, *others}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "another", "empty"])
+def test_a_file_that_is_not_what_was_written_is_computed_again(tmp_path: Path, calls, caplog, damage):
+    model, examples = make_model(), make_examples()
+    first = cached_logprobs(model, examples, folder=tmp_path, batch_size=7)
+    (path,) = tmp_path.iterdir()
+    contents = bytearray(path.read_bytes())
+    if damage == "cut":
+        path.write_bytes(contents[:-5])
+    elif damage == "flipped":
+        contents[-3] ^= 1
+        path.write_bytes(contents)
+    elif damage == "empty":
+        path.write_bytes(b"")
+    else:  # whole, but of another reference
+        cached_logprobs(make_model(seed=1), examples, folder=tmp_path / "other", batch_size=7)
+        (other,) = (tmp_path / "other").iterdir()
+        other.replace(path)
+    calls.clear()
+    with caplog.at_level(logging.WARNING):
+        again = cached_logprobs(model, examples, folder=tmp_path, batch_size=7)
+    assert calls == [14] and "computed again" in caplog.text
+    assert torch.equal(first.of(examples), again.of(examples))
+    calls.clear()
+    cached_logprobs(model, examples, folder=tmp_path, batch_size=7)
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("examples", "batch_size", "steps", "expected"),
+    [(100, 10, 10, False), (100, 10, 11, True), (95, 10, 10, False), (95, 10, 20, True), (100, 10, 3, False)],
+)
+def test_when_it_pays(examples, batch_size, steps, expected):
+    """One pass over the data is what it costs; an epoch of 95 rows has ten steps."""
+    assert caching_pays(examples, batch_size, steps) is expected
