@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_core.losses.registry import look_up, require, share_options
+from rlhf_core.losses.registry import in_full_precision, look_up, require, share_options
 from rlhf_core.losses.sft import sft_loss
 from rlhf_core.ops.kl import kl_estimate, warn_about_kl
 from rlhf_core.ops.masked import masked_aggregate, masked_mean, masked_sum, pick, require_tokens
@@ -108,16 +108,18 @@ def policy_loss(
     """
     entry = look_up(POLICY_LOSSES, name, "policy loss")
     own = share_options({name: entry.surrogate}, options)[name]
+    new_logprobs, logprobs = in_full_precision(mask, new_logprobs=new_logprobs, logprobs=logprobs)
     require_tokens(mask, normalizer)
     if weights is not None and not entry.weights:
         raise ValueError(
             f"weights: {name!r} bends its importance ratio, so give it the sampling engine's log-probs as `logprobs`"
         )
     log_ratio = torch.where(mask, new_logprobs - logprobs, 0.0)
+    advantages = (advantages[:, None] if advantages.dim() == 1 else advantages).to(log_ratio.dtype)
     terms = PolicyTerms(
         new_logprobs=torch.where(mask, new_logprobs, 0.0),
         log_ratio=_at_level(log_ratio, mask, ratio_level or entry.ratio_level),
-        advantages=torch.where(mask, advantages[:, None] if advantages.dim() == 1 else advantages, 0.0),
+        advantages=torch.where(mask, advantages, 0.0),
         mask=mask,
     )
     losses = entry.surrogate(terms, **own)
@@ -288,6 +290,9 @@ def kl_loss(
         the loss, a scalar, and stats: `kl`, the estimate's mean over tokens.
     """
     warn_about_kl(estimator, "loss" if logprobs is None else "weighted loss")
+    new_logprobs, ref_logprobs, logprobs = in_full_precision(
+        mask, new_logprobs=new_logprobs, ref_logprobs=ref_logprobs, logprobs=logprobs
+    )
     new_logprobs, ref_logprobs = torch.where(mask, new_logprobs, 0.0), torch.where(mask, ref_logprobs, 0.0)
     kl = kl_estimate(new_logprobs, ref_logprobs, estimator=estimator)
     weighted = kl

@@ -28,6 +28,7 @@ from rlhf_core.losses.divergence import exp_difference, score_difference
 from rlhf_core.losses.pairs import PREFERENCE_LOSSES, PairTerms, PreferenceLoss, register_preference_loss
 from rlhf_core.losses.ranking import ranked_preference_loss
 from rlhf_core.losses.registry import (
+    in_full_precision,
     look_up,
     options_of,
     require,
@@ -111,6 +112,16 @@ def preference_loss(
     require(len(entries) == len(names) > 0, "name", names, "one or more different names")
     weights = [1.0] * len(names) if weights is None else list(weights)
     require(len(weights) == len(names), "weights", weights, f"one for each of {len(names)} losses")
+    chosen_logprobs, ref_chosen_logprobs, chosen_kl = in_full_precision(
+        chosen_mask, chosen_logprobs=chosen_logprobs, ref_chosen_logprobs=ref_chosen_logprobs, chosen_kl=chosen_kl
+    )
+    rejected_logprobs, ref_rejected_logprobs, rejected_kl = in_full_precision(
+        rejected_mask,
+        rejected_logprobs=rejected_logprobs,
+        ref_rejected_logprobs=ref_rejected_logprobs,
+        rejected_kl=rejected_kl,
+    )
+    require(len(chosen_mask) == len(rejected_mask), "len(rejected_mask)", len(rejected_mask), "as many pairs as chosen")
     given = dict(
         ref_chosen_logprobs=ref_chosen_logprobs,
         ref_rejected_logprobs=ref_rejected_logprobs,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_core.losses.pairs import PreferenceLoss, register_into
-from rlhf_core.losses.registry import look_up, options_of, require, require_beta, share_options
+from rlhf_core.losses.registry import in_full_precision, look_up, options_of, require, require_beta, share_options
 from rlhf_core.losses.reward import plackett_luce_nll
 from rlhf_core.ops.masked import masked_sum, require_tokens
 
@@ -66,6 +66,7 @@ def ranked_preference_loss(
     if entry.needs_reference and ref_logprobs is None:
         raise ValueError(f"loss {name!r} needs ref_logprobs")
     own = share_options({name: entry.function}, options)[name] | dict(beta=beta)
+    logprobs, ref_logprobs = in_full_precision(mask, logprobs=logprobs, ref_logprobs=ref_logprobs)
     require_tokens(mask, normalizer)
 
     logprob, length = masked_sum(logprobs, mask, -1), mask.sum(-1)

@@ -16,6 +16,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 def look_up(table: Mapping[str, Any], name: str, kind: str) -> Any:
     """The entry of that name; ValueError with the nearest name where there is none."""
@@ -58,3 +61,17 @@ def require_beta(beta: float) -> None:
 def require_label_smoothing(label_smoothing: float) -> None:
     """ValueError unless 0 <= label_smoothing < 0.5: from 0.5 on, the labels say nothing or the opposite."""
     require(0 <= label_smoothing < 0.5, "label_smoothing", label_smoothing, "0 <= label_smoothing < 0.5")
+
+
+def in_full_precision(mask: Tensor, **tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in float32 (float64 stays), whatever the model's dtype: sums over tokens need it.
+
+    Raises ValueError for a mask that is not bool, and a tensor of another shape than the mask, which would broadcast.
+    """
+    require(mask.dtype == torch.bool, "mask.dtype", mask.dtype, "torch.bool, True = takes part")
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != mask.shape:
+            raise ValueError(f"{name} of shape {tuple(tensor.shape)}: expected that of its mask, {tuple(mask.shape)}")
+    return [
+        tensor if tensor is None or tensor.dtype == torch.float64 else tensor.float() for tensor in tensors.values()
+    ]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_core.losses.pairs import PreferenceLoss, register_into
-from rlhf_core.losses.registry import look_up, options_of, require, require_beta, share_options
+from rlhf_core.losses.registry import in_full_precision, look_up, options_of, require, require_beta, share_options
 from rlhf_core.ops.masked import masked_mean, masked_sum, pick, require_tokens
 
 
@@ -85,6 +85,8 @@ def unpaired_preference_loss(
         raise ValueError(f"loss {name!r} needs kl, the reference point that kto_kl estimates")
     require(labels.dtype == torch.bool, "labels.dtype", labels.dtype, "torch.bool, True = desirable")
     own = share_options({name: entry.function}, options)[name] | dict(beta=beta)
+    logprobs, ref_logprobs = in_full_precision(mask, logprobs=logprobs, ref_logprobs=ref_logprobs)
+    require(labels.shape == mask.shape[:1], "labels.shape", tuple(labels.shape), f"one a row, {tuple(mask.shape[:1])}")
     require_tokens(mask, normalizer)
 
     log_ratio = logprob = masked_sum(logprobs, mask, -1)
@@ -114,6 +116,7 @@ def kto_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
     Args:
         logprobs, ref_logprobs: (B, T) of the mismatched completions. mask: (B, T) bool; empty rows are not counted.
     """
+    logprobs, ref_logprobs = in_full_precision(mask, logprobs=logprobs, ref_logprobs=ref_logprobs)
     require_tokens(mask)
     return masked_mean(masked_sum(logprobs - ref_logprobs, mask, -1), mask.any(-1)).clamp(min=0)
 

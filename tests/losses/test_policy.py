@@ -577,3 +577,20 @@ def test_off_policy_mask_by_hand():
     assert off_policy_mask(new, rollout, by_token, mask, threshold=0.5).tolist()[0] == [False, True]
     with pytest.raises(ValueError, match="threshold=0: expected more than 0"):
         off_policy_mask(new, rollout, advantages, mask, threshold=0)
+
+
+@pytest.mark.parametrize("name", sorted(POLICY_LOSSES))
+def test_half_precision_goes_in_and_float32_comes_out(name):
+    batch = {key: tensor.bfloat16() if key != "mask" else tensor for key, tensor in draw(7).items()}
+    exact = {key: tensor.float() if key != "mask" else tensor for key, tensor in batch.items()}
+    loss, _ = policy_loss(name, **batch, **table_options(name))
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, policy_loss(name, **exact, **table_options(name))[0])
+
+
+def test_shapes_that_would_broadcast_are_refused():
+    batch = draw(8)
+    with pytest.raises(ValueError, match=r"logprobs of shape \(3, 1\): expected that of its mask, \(3, 5\)"):
+        policy_loss(**batch | {"logprobs": batch["logprobs"][:, :1]})
+    with pytest.raises(ValueError, match="mask.dtype=torch.int64: expected torch.bool"):
+        policy_loss(**batch | {"mask": batch["mask"].long()})

@@ -509,3 +509,36 @@ def test_odpo_asks_for_more_where_the_margin_is_larger():
     narrow, wide = (call("odpo", pairs | {"margin": torch.full((4,), m).double()})[0] for m in (0.0, 1.0))
     torch.testing.assert_close(narrow, call("sigmoid", pairs)[0])
     assert wide > narrow
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_goes_in_and_float32_comes_out(name):
+    """What bfloat16 log-probs say, computed as float32 would; the gradient goes back in their own dtype."""
+    pairs = {key: t.bfloat16() if t.is_floating_point() else t for key, t in draw(22).items()}
+    exact = {key: t.float() if t.is_floating_point() else t for key, t in pairs.items()}
+    pairs["chosen_logprobs"].requires_grad_()
+    loss, stats = call(name, pairs)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, call(name, exact)[0], rtol=1e-6, atol=0)
+    (gradient,) = torch.autograd.grad(loss, pairs["chosen_logprobs"])
+    assert gradient.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chosen_mask": torch.ones(4, 5)}, "mask.dtype=torch.float32: expected torch.bool, True = takes part"),
+        ({"chosen_logprobs": torch.zeros(4, 1)}, r"chosen_logprobs of shape \(4, 1\): expected that of its mask"),
+        ({"ref_rejected_logprobs": torch.zeros(1, 5)}, r"ref_rejected_logprobs of shape \(1, 5\): expected"),
+    ],
+)
+def test_shapes_that_would_broadcast_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        call("sigmoid", draw(23) | changes)
+
+
+def test_as_many_rejected_as_chosen():
+    pairs = draw(24)
+    pairs |= {key: pairs[key][:3] for key in ("rejected_logprobs", "ref_rejected_logprobs", "rejected_mask")}
+    with pytest.raises(ValueError, match=r"len\(rejected_mask\)=3: expected as many pairs as chosen"):
+        call("sigmoid", pairs)
