@@ -1,4 +1,4 @@
-"""GAE as matrix products against the plain loop over tokens, from the last back. Both give the same numbers."""
+"""GAE as one cumulative sum against the plain loop over tokens, from the last back. Both give the same numbers."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ the name's paper does it.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from rlhf_core.ops.masked import masked_sum, masked_var, masked_whiten
 
 SCALES = ("group", "batch", "none")
 
-_BLOCK, _WIDEST = 32, 128  # columns of a block, and of what is one product without blocks: both by measurement
+_SMALLEST = 1e-30  # power of a decay that a scan multiplies by: float32 ends at 1e-38, and rewards need room too
 _ZERO = torch.zeros((), device="cpu")  # torch.where makes a tensor of a Python 0.0 at every call
 
 
@@ -49,15 +50,15 @@ def gae(
             paid for what would have followed. Completions that ended by themselves take 0 either way.
 
     Returns:
-        advantages and returns, (B, T), 0 outside the mask. Not whitened: that is a step of its own. A value that is not
-        finite inside the mask may spoil its whole row, and no other.
+        advantages and returns, (B, T), 0 outside the mask. Not whitened: that is a step of its own.
 
     Raises ValueError for gamma or lam outside 0 to 1 and a bootstrap that is not (B,).
     """
     for name, value in (("gamma", gamma), ("lam", lam)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name}={value}: expected 0 to 1")
-    if _has_holes(mask):
+    left_aligned = torch.equal(mask.cummin(1).values, mask)  # once False, False to the end
+    if not left_aligned and _has_holes(mask):
         order = (~mask).byte().argsort(dim=-1, stable=True)  # each row's True places first, in their order
         packed = gae(*(x.gather(-1, order) for x in (rewards, values, mask)), gamma=gamma, lam=lam, bootstrap=bootstrap)
         advantages, returns = (torch.zeros_like(x).scatter(-1, order, x) for x in packed)
@@ -68,7 +69,9 @@ def gae(
         rewards = _pay_at_the_end(rewards, mask, gamma * bootstrap)
     # return_t = r_t + gamma * ((1 - lam) * V_{t+1} + lam * return_{t+1}): the same recursion, solved for the return.
     targets = torch.add(rewards, _next(values), alpha=gamma * (1 - lam))
-    returns = torch.where(mask, _reverse_scan(targets, gamma * lam), _ZERO)
+    returns = _reverse_scan(targets, gamma * lam)
+    if not left_aligned:  # else it met nothing but zeros right of a row's last token
+        returns = torch.where(mask, returns, _ZERO)
     return returns - values, returns
 
 
@@ -195,8 +198,7 @@ def remax_advantages(scores: Tensor, greedy_scores: Tensor) -> Tensor:
 
 def _has_holes(mask: Tensor) -> bool:
     """Whether the True places of some row are more than one run."""
-    # Left-aligned: once False, False to the end. Left-padded: once True, True to the end. One is enough, and cheap.
-    if torch.equal(mask.cummin(1).values, mask) or torch.equal(mask.cummax(1).values, mask):
+    if torch.equal(mask.cummax(1).values, mask):  # once True, True to the end: padded on the left
         return False
     starts = mask[:, 1:] > mask[:, :-1]
     return bool((starts.sum(-1) + mask[:, 0] > 1).any())
@@ -217,31 +219,37 @@ def _pay_at_the_end(rewards: Tensor, mask: Tensor, amounts: Tensor) -> Tensor:
     return torch.where(last, rewards + amounts[:, None], rewards)
 
 
-@functools.lru_cache(maxsize=32)
-def _powers(size: int, decay: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(size, size), decay^(k - t) in row k and column t <= k, 0 above: a row of values times it is their scan."""
-    with torch.inference_mode(False):  # it outlives this call, and autograd refuses a tensor of inference mode
-        steps = torch.arange(size, dtype=torch.float64, device=device)
-        return (decay ** (steps[:, None] - steps).clamp(min=0)).tril().to(dtype)
+@functools.lru_cache(maxsize=64)
+def _powers(size: int, decay: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """decay^0 to decay^(size - 1), and the inverse of each."""
+    with torch.inference_mode(False):  # they outlive this call, and autograd refuses a tensor of inference mode
+        powers = decay ** torch.arange(size, dtype=torch.float64, device=device)
+        return powers.to(dtype), powers.reciprocal().to(dtype)
 
 
 def _reverse_scan(values: Tensor, decay: float) -> Tensor:
-    """y_t = x_t + decay * y_{t+1}, from the last column back: y_t = sum over k >= t of decay^(k - t) x_k. (B, T).
+    """y_t = x_t + decay * y_{t+1}, from the last column back, as one cumulative sum. (B, T).
 
-    By matrix products: inside blocks of columns at once, then block by block what each receives from the right. The
-    carries are a scan of their own, over the blocks' first columns.
+        decay^t * y_t = sum over k >= t of decay^k * x_k
+
+    Summed from the right the terms grow, so rounding is relative to what is there, as in the plain recursion. Where the
+    powers would leave float32's range, columns go in blocks, and what a block receives from its right is a scan of its
+    own, over the blocks' first columns.
     """
-    rows, columns = values.shape
-    on_cpu = values.is_cpu and values.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if not on_cpu and values.dtype != torch.float64:
-        # Elsewhere a float32 product may be TF32's or bfloat16's; one in float64 is what it says.
-        return _reverse_scan(values.double(), decay).to(values.dtype)
-    if columns <= _WIDEST:
-        return values @ _powers(columns, decay, values.dtype, values.device)
-    powers = _powers(_BLOCK, decay, values.dtype, values.device)
-    blocks = F.pad(values, (0, -columns % _BLOCK)).unflatten(1, (-1, _BLOCK)) @ powers
-    carries = _next(_reverse_scan(blocks[:, :, 0], decay**_BLOCK))
-    return (blocks + carries[:, :, None] * (decay * powers[-1])).flatten(1)[:, :columns]
+    if values.dtype.itemsize < 4:
+        return _reverse_scan(values.float(), decay).to(values.dtype)
+    if decay < 1e-12:  # decay^2 is beneath every digit
+        return torch.add(values, _next(values), alpha=decay)
+    columns = values.shape[1]
+    width = columns if decay == 1 else int(math.log(_SMALLEST) / math.log(decay))
+    if columns > width:
+        blocks = F.pad(values, (0, -columns % width)).unflatten(1, (-1, width))
+        inside = _reverse_scan(blocks.flatten(0, 1), decay).view_as(blocks)
+        carries = _next(_reverse_scan(inside[:, :, 0], decay**width))
+        powers = decay * _powers(width, decay, values.dtype, values.device)[0].flip(0)
+        return (inside + carries[:, :, None] * powers).flatten(1)[:, :columns]
+    powers, inverses = _powers(columns, decay, values.dtype, values.device)
+    return (values * powers).flip(1).cumsum_(1).flip(1).mul_(inverses)  # in place in what flip has copied
 
 
 def _groups(scores: Tensor, group_size: int | None, valid: Tensor | None) -> tuple[Tensor, Tensor]:
