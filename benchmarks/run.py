@@ -15,6 +15,7 @@ BENCHMARKS = {
     "prefix_sharing": "one prompt for two completions against a prompt each, in a whole DPO step",
     "packing": "packed against padded, and the cost of packing itself, as batches grow",
     "linear_logprobs": "the fused head against the plain one",
+    "gae": "advantages as one cumulative sum against the loop over tokens",
     "real_road": "the long versions of the proofs on real weights and data (needs RLHF_SHARED)",
 }
 
