@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_core.losses.pairs import PreferenceLoss, register_into
-from rlhf_core.losses.registry import in_full_precision, look_up, options_of, require, require_beta, share_options
+from rlhf_core.losses.registry import (
+    call_declared,
+    in_full_precision,
+    look_up,
+    require,
+    require_beta,
+    share_options,
+)
 from rlhf_core.losses.reward import plackett_luce_nll
 from rlhf_core.ops.masked import masked_sum, require_tokens
 
@@ -65,7 +72,7 @@ def ranked_preference_loss(
     require(logprobs.dim() == 3, "logprobs.dim()", logprobs.dim(), "3, (prompts, completions, tokens)")
     if entry.needs_reference and ref_logprobs is None:
         raise ValueError(f"loss {name!r} needs ref_logprobs")
-    own = share_options({name: entry.function}, options)[name] | dict(beta=beta)
+    own = share_options({name: entry.function}, options)[name]
     logprobs, ref_logprobs = in_full_precision(mask, logprobs=logprobs, ref_logprobs=ref_logprobs)
     require_tokens(mask, normalizer)
 
@@ -76,7 +83,7 @@ def ranked_preference_loss(
     scores = torch.where(length > 0, scores.to(logprob.dtype), -torch.inf)
     order = scores.argsort(dim=-1, descending=True, stable=True)
     terms = RankedTerms(*(each.gather(1, order) for each in (logprob, log_ratio, length, scores)))
-    losses = entry.function(terms, **{key: own[key] for key in options_of(entry.function) if key in own})
+    losses = call_declared(entry.function, terms, beta=beta, **own)
     counted = (terms.length > 0).sum(-1) > 1
     loss = masked_sum(losses, counted) / (counted.sum().clamp(min=1) if normalizer is None else normalizer)
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -47,6 +48,11 @@ def share_options(functions: Mapping[str, Callable], options: Mapping[str, Any])
     return {name: {key: value for key, value in options.items() if key in own} for name, own in declared.items()}
 
 
+def call_declared(function: Callable, terms: Any, **offered: Any) -> Any:
+    """`function(terms, ...)` with those of `offered` that it declares; the rest is not its business."""
+    return function(terms, **{name: offered[name] for name in options_of(function) if name in offered})
+
+
 def require(condition: bool, name: str, value: Any, expected: str) -> None:
     """ValueError naming the parameter and its value. Conditions are written so that NaN does not meet them."""
     if not condition:
@@ -61,6 +67,13 @@ def require_beta(beta: float) -> None:
 def require_label_smoothing(label_smoothing: float) -> None:
     """ValueError unless 0 <= label_smoothing < 0.5: from 0.5 on, the labels say nothing or the opposite."""
     require(0 <= label_smoothing < 0.5, "label_smoothing", label_smoothing, "0 <= label_smoothing < 0.5")
+
+
+def smoothed_logistic(logits: Tensor, label_smoothing: float) -> Tensor:
+    """-(1 - e) log sigmoid(logits) - e log sigmoid(-logits): the loss of a label that is wrong with probability e."""
+    if label_smoothing == 0:  # 0 * inf, should a logit have overflowed
+        return -F.logsigmoid(logits)
+    return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
 
 
 def in_full_precision(mask: Tensor, **tensors: Tensor | None) -> list[Tensor | None]:

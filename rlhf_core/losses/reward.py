@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlhf_core.losses.registry import require_label_smoothing, smoothed_logistic
 from rlhf_core.ops.masked import masked_aggregate, masked_mean, masked_sum, require_tokens
 
 
@@ -43,8 +44,7 @@ def bradley_terry_loss(
         raise ValueError(f"center_coef={center_coef}: expected 0 or more")
     if not isinstance(margin, Tensor) and not margin >= 0:
         raise ValueError(f"margin={margin}: expected 0 or more")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing={label_smoothing}: expected 0 <= label_smoothing < 0.5")
+    require_label_smoothing(label_smoothing)
     difference = chosen_scores - rejected_scores
     logits = difference - margin
     if not chosen_scores.shape == rejected_scores.shape == logits.shape:
@@ -53,7 +53,7 @@ def bradley_terry_loss(
     if normalizer is None and not difference.numel():
         raise ValueError(f"chosen_scores of shape {tuple(chosen_scores.shape)}: expected at least one pair")
 
-    losses = -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+    losses = smoothed_logistic(logits, label_smoothing)
     if center_coef:
         losses = losses + center_coef * (chosen_scores + rejected_scores).square()
     gap, pairs = difference.detach(), losses.numel()

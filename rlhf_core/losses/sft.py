@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlhf_core.losses.registry import require_label_smoothing
 from rlhf_core.ops.masked import masked_aggregate, masked_mean
 
 
@@ -48,8 +49,7 @@ def sft_loss(
     """
     if reduction not in ("token", "sequence"):
         raise ValueError(f"reduction={reduction!r}: expected token or sequence")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing={label_smoothing}: expected 0 <= label_smoothing < 0.5")
+    require_label_smoothing(label_smoothing)
     if not z_loss_coef >= 0:
         raise ValueError(f"z_loss_coef={z_loss_coef}: expected 0 or more")
     if (label_smoothing > 0) != (vocab_mean_logprobs is not None):

@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_core.losses.pairs import PreferenceLoss, register_into
-from rlhf_core.losses.registry import in_full_precision, look_up, options_of, require, require_beta, share_options
+from rlhf_core.losses.registry import (
+    call_declared,
+    in_full_precision,
+    look_up,
+    require,
+    require_beta,
+    share_options,
+)
 from rlhf_core.ops.masked import masked_mean, masked_sum, pick, require_tokens
 
 
@@ -84,7 +91,7 @@ def unpaired_preference_loss(
     if "kl" in entry.needs and kl is None:
         raise ValueError(f"loss {name!r} needs kl, the reference point that kto_kl estimates")
     require(labels.dtype == torch.bool, "labels.dtype", labels.dtype, "torch.bool, True = desirable")
-    own = share_options({name: entry.function}, options)[name] | dict(beta=beta)
+    own = share_options({name: entry.function}, options)[name]
     logprobs, ref_logprobs = in_full_precision(mask, logprobs=logprobs, ref_logprobs=ref_logprobs)
     require(labels.shape == mask.shape[:1], "labels.shape", tuple(labels.shape), f"one a row, {tuple(mask.shape[:1])}")
     require_tokens(mask, normalizer)
@@ -94,7 +101,7 @@ def unpaired_preference_loss(
         log_ratio = masked_sum(logprobs - ref_logprobs, mask, -1)
     kl = None if kl is None else torch.as_tensor(kl).detach().to(log_ratio)
     terms = UnpairedTerms(logprob, log_ratio, labels, kl)
-    losses = entry.function(terms, **{key: own[key] for key in options_of(entry.function) if key in own})
+    losses = call_declared(entry.function, terms, beta=beta, **own)
     counted = mask.any(-1)
     losses = pick(labels, desirable_weight, undesirable_weight, losses) * losses
     loss = masked_sum(losses, counted) / (counted.sum() if normalizer is None else normalizer)

@@ -85,9 +85,9 @@ def train(config: DPOConfig) -> dict[str, float]:
     total_steps = count_steps(len(examples), config.batch_size, config.epochs, config.max_steps)
     evaluation: dict[str, float] = {}
     size = config.micro_batch_size or config.batch_size
+    caching = {"on": True, "off": False, "auto": caching_pays(len(examples), config.batch_size, total_steps)}
     cache = None
-    often = config.cache_reference == "on" or caching_pays(len(examples), config.batch_size, total_steps)
-    if reference is not None and often and config.cache_reference != "off":
+    if reference is not None and caching[config.cache_reference]:
         folder = Path(config.reference_cache or Path(config.output, "reference_logprobs"))
         options = dict(folder=folder, batch_size=size, layout=config.model.layout)
         cache, reference = cached_logprobs(reference, [*examples, *held_out], **options), None

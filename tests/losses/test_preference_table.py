@@ -160,7 +160,10 @@ def test_gradient_of_beta_dpo_and_tdpo2_hold_their_constants_still():
     pairs = draw(4)
     chosen = pairs["chosen_logprobs"].requires_grad_()
     terms = [pairs[f"{s}_logprobs"] - pairs[f"ref_{s}_logprobs"] for s in ("chosen", "rejected")]
-    gap = sum(sign * (x * pairs[f"{s}_mask"]).sum(-1) for sign, s, x in zip((1, -1), ("chosen", "rejected"), terms))  # noqa: B905
+    chosen_sum, rejected_sum = (
+        (x * pairs[f"{s}_mask"]).sum(-1) for s, x in zip(("chosen", "rejected"), terms, strict=True)
+    )
+    gap = chosen_sum - rejected_sum
     beta = 0.3 * (1 + 0.6 * (gap.mean().item() - 0.2))
     (gradient,) = torch.autograd.grad(call("beta_dpo", pairs, beta=0.3, gap_mean=0.2)[0], chosen)
     (expected,) = torch.autograd.grad(call("sigmoid", pairs, beta=max(beta, 1e-3))[0], chosen)
