@@ -69,9 +69,9 @@ def test_a_real_kernels_distribution_wins(tmp_path: Path):
 
 
 def test_every_direct_dependency_is_pinned(setup_cfg: configparser.ConfigParser):
-    """Whatever setup.cfg names, constraints.txt holds to one version; triton's belongs to the build of torch."""
+    """Whatever setup.cfg names, constraints.txt holds to one version."""
     extras = setup_cfg["options.extras_require"]
-    named = [setup_cfg["options"]["install_requires"], *(value for key, value in extras.items() if key != "triton")]
+    named = [setup_cfg["options"]["install_requires"], *extras.values()]
     names = {line.partition(">")[0].strip() for text in named for line in text.splitlines() if line.strip()}
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {line.partition("==")[0].lower() for line in lines if "==" in line and not line.startswith("#")}

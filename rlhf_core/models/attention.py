@@ -1,9 +1,9 @@
 """Attention over a packed stream, registered with transformers under the name `rlhf_packed`.
 
 transformers hands the keyword `layout` of a model's forward down to every attention call, activation checkpointing
-included. With a layout the stream is walked group by group, each one scaled_dot_product_attention over exactly the keys
-it may see: no N x N mask, work linear in the number of sequences. Without one (generation, padded batches) the call is
-transformers' own sdpa attention, so a model needs to be switched only once.
+included. With a layout the stream is attended by `rlhf_kernels.packed_attention`, on the CPU group by group and on CUDA
+in one kernel: no N x N mask, work linear in the number of sequences. Without one (generation, padded batches) the call
+is transformers' own sdpa attention, so a model needs to be switched only once.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from rlhf_core.batch import AttentionLayout
+from rlhf_core.ops import attention as ops_attention
 
 PACKED = "rlhf_packed"
+
+_MIN_FUSED_HEAD = 16
 
 # Keywords of an attention call that change what attention computes, and that the packed walk does not know.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache")
@@ -50,38 +52,19 @@ def packed_attention(
     unknown = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
     if unknown or not kwargs.get("is_causal", True):
         raise NotImplementedError(f"packed attention does not honour {', '.join(unknown) or 'is_causal=False'}")
-    options = dict(scale=scaling, dropout_p=dropout, enable_gqa=query.shape[1] != key.shape[1])
-    query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)  # (N, heads, D)
-
-    outputs = []
-    for group in layout.groups:
-        if group.span is not None:
-            start, end = group.span
-            q, k, v = (x[None, start:end] for x in (query, key, value))
-        else:
-            q, k, v = _rows(query, group.queries), _rows(key, group.keys), _rows(value, group.keys)
-        mask = _group_mask(group.prefix, q.shape[1], sliding_window, q.device)
-        output = F.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, is_causal=mask is None, **options
-        )
-        outputs.append(output.transpose(1, 2).flatten(0, 1))
-    joined = torch.cat(outputs)
-    return (joined if layout.restore is None else joined.index_select(0, layout.restore)).unsqueeze(0), None
-
-
-def _rows(stream: Tensor, positions: Tensor) -> Tensor:
-    """(N, heads, D) at (G, L) positions -> (G, L, heads, D)."""
-    return stream.index_select(0, positions.flatten()).unflatten(0, positions.shape)
-
-
-def _group_mask(prefix: int, length: int, window: int | None, device: torch.device) -> Tensor | None:
-    """(length, prefix + length) bool, or None where plain causality says it all."""
-    if window is not None and window >= prefix + length:
-        window = None
-    if prefix == 0 and window is None:
-        return None
-    mask = torch.ones(length, prefix + length, dtype=torch.bool, device=device).tril(prefix)
-    return mask if window is None else mask.triu(prefix - window + 1)
+    # What the fused kernel does not take, the walk over the layout's groups does.
+    walk = dropout > 0 or query.dtype == torch.float64 or query.shape[-1] < _MIN_FUSED_HEAD
+    output = ops_attention.packed_attention(
+        query,
+        key,
+        value,
+        layout,
+        scale=scaling,
+        sliding_window=sliding_window,
+        dropout=dropout,
+        impl="torch" if walk else None,
+    )
+    return output.transpose(1, 2), None
 
 
 _walking: ContextVar[set[int | None] | None] = ContextVar("rlhf_core_packed_forward", default=None)

@@ -47,9 +47,11 @@ def test_logprobs_of_models_that_fall_back(make_model, twin, groups, plain, agre
 @pytest.mark.real
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_trained_weights(stories, twin, groups, plain, agree, layout):
+    """Sharper attention than random weights': plain float32 itself is 1.6e-5 from float64 here, and ours 2e-5."""
     model = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32)
     batch = PackedBatch.pack(groups, share=True)
-    agree(model, lambda model: token_logprobs(model, batch, layout=layout), twin(model), plain.logprobs)
+    truth = plain.logprobs
+    agree(model, lambda model: token_logprobs(model, batch, layout=layout), twin(model), truth, tolerance=1e-4)
 
 
 @pytest.mark.real
