@@ -256,6 +256,8 @@ class RunConfig(Settings):
     """Everything random follows from it."""
     device: str | None = None
     """cpu, cuda, cuda:1, ...; a GPU if there is one."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """How the fused operations run; auto is Triton on a GPU and torch elsewhere (or what RLHF_KERNELS says)."""
     resume: bool = False
     """Continue from the newest whole checkpoint in the output folder, or start if there is none."""
     overwrite: bool = False

@@ -61,6 +61,7 @@ BAD = {
     "epochs": [0, -0.5, *INFINITE],
     "max_steps": [0],
     "seed": [-1, 2**63],
+    "kernels": ["cuda"],
     "save_every": [-1],
     "keep_checkpoints": [0],
     "eval_every": [-1],

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 
 from rlhf_core.batch import PackedBatch
 from rlhf_core.models.attention import PACKED, packed_forward
-from rlhf_core.ops.logprobs import linear_logprobs, logits_logprobs
+from rlhf_core.ops.logprobs import linear_logprobs, linear_token_loss, logits_logprobs
 
 Layout = Literal["auto", "packed", "padded"]
 logger = logging.getLogger("rlhf_core.models")
@@ -74,6 +74,41 @@ def policy_outputs(
         entropy=batch.scatter(entropies) if entropy else None,
         values=batch.scatter(value_head(states)) if value_head is not None else None,
     )
+
+
+def summed_loss(
+    model: nn.Module,
+    batch: PackedBatch,
+    loss: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]],
+    *,
+    layout: Layout = "auto",
+) -> tuple[Tensor, Tensor]:
+    """A loss in which each token stands for itself, without ever keeping what the head's gradient is made of.
+
+    Such a loss can be taken of any part of the tokens, and the parts add up. So each block of the LM head is done with
+    at once, in three matrix products and the memory of one block, where `token_logprobs` must keep all blocks for the
+    backward or compute them again.
+
+    Args:
+        loss: called as loss(logprobs, mask) with some of the completion tokens, both (1, r); returns a scalar and its
+            stats, as the functions in `losses` do. Divided by anything but a fixed normalizer, parts do not add up.
+
+    Returns:
+        the sum, a scalar to call backward on, once; and the log-probs, (B, T) without gradient.
+    """
+    route = find_route(model, layout)
+    batch = batch.to(device_of(model))
+
+    def part(logprobs: Tensor, rows: slice | None = None) -> Tensor:
+        return loss(logprobs[None], torch.ones_like(logprobs, dtype=torch.bool)[None])[0]
+
+    if route.fused_head:
+        states = completion_states(model, batch, route)
+        total, logprobs = linear_token_loss(states, targets=batch.targets, loss=part, **_lm_head(model))
+    else:
+        logprobs, _ = logits_logprobs(_own_logits(model, batch)[1], batch.targets)
+        total = part(logprobs)
+    return total, batch.scatter(logprobs.detach())
 
 
 def token_values(value_model: nn.Module, batch: PackedBatch, *, layout: Layout = "auto") -> Tensor:

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_core.ops.masked import masked_sum, masked_var, masked_whiten
+from rlhf_kernels import gae as fused_gae
+from rlhf_kernels.registry import choose
 
 SCALES = ("group", "batch", "none")
 
@@ -57,6 +59,11 @@ def gae(
     for name, value in (("gamma", gamma), ("lam", lam)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name}={value}: expected 0 to 1")
+    constant = not (
+        torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (rewards, values, bootstrap))
+    )
+    if constant and choose("gae", rewards.device) == "triton":
+        return fused_gae(rewards, values, mask, gamma=gamma, lam=lam, bootstrap=bootstrap)
     left_aligned = torch.equal(mask.cummin(1).values, mask)  # once False, False to the end
     if not left_aligned and _has_holes(mask):
         order = (~mask).byte().argsort(dim=-1, stable=True)  # each row's True places first, in their order

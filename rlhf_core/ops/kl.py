@@ -29,6 +29,19 @@ import warnings
 import torch
 from torch import Tensor
 
+from rlhf_kernels import kl_divergence, linear_kl
+
+__all__ = [
+    "ESTIMATORS",
+    "USES",
+    "kl_divergence",
+    "kl_estimate",
+    "kl_full",
+    "kl_penalty",
+    "linear_kl",
+    "warn_about_kl",
+]
+
 ESTIMATORS = ("k1", "k2", "k3", "abs", "full")
 USES = ("reward", "loss", "weighted loss")
 
@@ -85,7 +98,8 @@ def kl_full(
         policy_logits, ref_logits: (..., V). temperature: both are divided by it; more than 0.
 
     Returns:
-        (...), in nats, float32 (float64 for float64 logits), with its gradient.
+        (...), in nats, float32 (float64 for float64 logits), with any derivative. `kl_divergence` is the same in one
+        pass over logits of one shape, and `linear_kl` from hidden states, without the logits.
 
     Raises ValueError for a temperature that is not positive and an unknown direction.
     """

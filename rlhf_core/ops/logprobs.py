@@ -1,15 +1,35 @@
-"""Log-probabilities of chosen tokens, and of the whole vocabulary. The one place that calls `rlhf_kernels`."""
+"""Log-probabilities of chosen tokens, and of the whole vocabulary; and how the fused operations are to run."""
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf_kernels import linear_logprobs
+from rlhf_kernels import linear_logprobs, linear_token_loss, token_logprobs
+from rlhf_kernels.registry import choose, use_impl
 
-__all__ = ["VocabStatistics", "linear_logprobs", "logits_logprobs", "vocab_statistics"]
+__all__ = [
+    "VocabStatistics",
+    "linear_logprobs",
+    "linear_token_loss",
+    "logits_logprobs",
+    "require_kernels",
+    "use_kernels",
+    "vocab_statistics",
+]
+
+
+def require_kernels(impl: str, device: torch.device | str) -> None:
+    """RuntimeError where the fused operations cannot run as "torch" or "triton" on this device."""
+    choose("rlhf_kernels", device, impl)
+
+
+def use_kernels(impl: str) -> contextlib.AbstractContextManager[None]:
+    """Inside, every fused operation runs as "torch" or "triton"; "auto" leaves the choice where it was."""
+    return contextlib.nullcontext() if impl == "auto" else use_impl(impl)
 
 
 def logits_logprobs(
@@ -24,9 +44,8 @@ def logits_logprobs(
         (M,) log-probs in float32 (float64 for float64 logits), and (M,) entropies in nats without gradient, or None.
         For an entropy with its gradient there is `vocab_statistics`.
     """
-    logprobs = torch.log_softmax(_tempered(logits, temperature), dim=-1)
-    chosen = logprobs.gather(-1, targets[:, None]).squeeze(-1)
-    return chosen, _entropy(logprobs.detach()) if entropy else None
+    logprobs, entropies = token_logprobs(logits, targets, temperature=temperature, entropy=entropy)
+    return logprobs, entropies.detach() if entropy else None
 
 
 class VocabStatistics(NamedTuple):

@@ -21,6 +21,7 @@ from rlhf_core.data.tokenize import Example
 from rlhf_core.losses.preference import PREFERENCE_LOSSES, preference_loss
 from rlhf_core.models.forward import device_of, pair_logprobs
 from rlhf_core.models.load import load_policy, load_reference, save_model
+from rlhf_core.ops.logprobs import use_kernels
 from rlhf_core.plugins import import_module
 from rlhf_core.rollout.sampling import evaluating
 from rlhf_core.training.metrics import Averages
@@ -90,7 +91,8 @@ def train(config: DPOConfig) -> dict[str, float]:
     if reference is not None and caching[config.cache_reference]:
         folder = Path(config.reference_cache or Path(config.output, "reference_logprobs"))
         options = dict(folder=folder, batch_size=size, layout=config.model.layout)
-        cache, reference = cached_logprobs(reference, [*examples, *held_out], **options), None
+        with use_kernels(config.kernels):
+            cache, reference = cached_logprobs(reference, [*examples, *held_out], **options), None
 
     def losses(rows: list[Example]) -> Iterator[tuple[Tensor, dict[str, Tensor], float]]:
         """Each micro-batch's part of the loss over all rows, its stats, and its share of them."""

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: make the completions likely.
 
-    rows -> tokens -> PackedBatch -> token_logprobs (B, T) -> negative log-likelihood a token -> AdamW
+    rows -> tokens -> PackedBatch -> log-probs -> negative log-likelihood a token -> AdamW
 
 The loss is on completions only (for plain text, on everything), averaged over all tokens of the optimizer step, so
 micro-batches of any size give the same step.
@@ -9,6 +9,7 @@ micro-batches of any size give the same step.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from rlhf_core.config import DataConfig, RunConfig
 from rlhf_core.data.loader import count_steps, load_examples, micro_batches, step_examples
 from rlhf_core.data.tokenize import Example
 from rlhf_core.losses.sft import sft_loss
-from rlhf_core.models.forward import token_logprobs
+from rlhf_core.models.forward import summed_loss, token_logprobs
 from rlhf_core.models.load import load_policy, save_model
 from rlhf_core.rollout.sampling import evaluating
 from rlhf_core.training.metrics import Averages
@@ -52,9 +53,10 @@ def train(config: SFTConfig) -> dict[str, float]:
             tokens = sum(batch.num_completion_tokens for batch in batches)
             averages = Averages()
             for batch in batches:
-                logprobs = token_logprobs(policy, batch, layout=config.model.layout)
-                loss, stats = sft_loss(logprobs, batch.completion_mask.to(logprobs.device), normalizer=tokens)
+                loss_of = partial(sft_loss, normalizer=tokens)
+                loss, logprobs = summed_loss(policy, batch, loss_of, layout=config.model.layout)
                 loss.backward()
+                _, stats = sft_loss(logprobs, batch.completion_mask.to(logprobs.device))
                 averages.add(stats, weight=batch.num_completion_tokens)
             metrics = averages.means() | optimizer_step(optimizer, config.optim, step, total_steps)
             metrics["tokens"] = tokens

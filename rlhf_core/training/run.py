@@ -27,6 +27,8 @@ from torch import nn
 from tqdm import tqdm
 
 from rlhf_core.config import ConfigError, RunConfig, to_dict
+from rlhf_core.models.load import default_device
+from rlhf_core.ops.logprobs import require_kernels, use_kernels
 from rlhf_core.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, versions
 from rlhf_core.training.metrics import MetricWriter
 
@@ -86,9 +88,12 @@ class Run:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._old_handlers[number] = signal.signal(number, self._on_signal)
+        self._kernels = use_kernels(self.config.kernels)
+        self._kernels.__enter__()
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        self._kernels.__exit__(None, None, None)
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         self._bar.close()
@@ -216,6 +221,10 @@ def claim_folder(config: RunConfig) -> None:
     Raises ConfigError where it holds something and neither resume nor overwrite says what to do with it, and where
     writing to it would destroy what no run has made or what this one is to read.
     """
+    try:
+        require_kernels(config.kernels, config.device or default_device())
+    except RuntimeError as error:
+        raise ConfigError(f"kernels={config.kernels!r}: {error}") from None
     if config.tensorboard and find_spec("tensorboard") is None:
         raise ConfigError("tensorboard=True: TensorBoard is missing; pip install 'rlhf-core[tensorboard]'")
     folder = Path(config.output)

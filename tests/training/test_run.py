@@ -395,3 +395,9 @@ def test_five_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
 def test_a_good_step_between_bad_ones_starts_the_count_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "log", spoiled(set(range(1, 20)) - {5, 10, 15}))
     train(settings(tmp_path), total_steps=19)
+
+
+def test_kernels_that_cannot_run_are_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match="kernels='triton': .*but the inputs are on 'cpu'"):
+        claim_folder(RunConfig(model="m", data="d", output=str(tmp_path / "run"), kernels="triton", device="cpu"))
