@@ -34,8 +34,9 @@ def linear_token_loss(
     Args:
         hidden, weight, targets, bias, temperature, scale, softcap, impl: as for `linear_logprobs`. Rows that take no
             part are best left out beforehand.
-        loss: maps the log-probs of a block, (r,), and its slice of the rows to the r losses, (r,). Differentiated to
-            the log-probs alone: whatever else it uses gets no gradient. It is called once for each block, in order.
+        loss: maps the log-probs of a block, (r,), and its slice of the rows to the r losses, (r,), or to their sum, ().
+            Differentiated to the log-probs alone: whatever else it uses gets no gradient. It is called once for each
+            block, in order.
 
     Returns:
         The sum, a scalar with gradients to hidden, weight and bias, and the (M,) log-probs without gradient; float32
@@ -105,13 +106,13 @@ class _LinearTokenLoss(torch.autograd.Function):
 def _losses(
     loss: Callable[[Tensor, slice], Tensor], logprobs: Tensor, rows: slice, *, differentiate: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """A block's losses, (r,), and the derivative of each to its log-prob; None where not wanted."""
+    """A block's losses, (r,) or their sum, and their derivative to each log-prob; None where not wanted."""
     with torch.set_grad_enabled(differentiate):
         leaf = logprobs.detach().clone().requires_grad_(differentiate)
         losses = loss(leaf, rows)
-        if losses.shape != leaf.shape:
+        if losses.shape not in (leaf.shape, ()):
             raise ValueError(
-                f"loss gave shape {tuple(losses.shape)} for {len(leaf)} log-probs: expected ({len(leaf)},)"
+                f"loss gave shape {tuple(losses.shape)} for {len(leaf)} log-probs: expected ({len(leaf)},) or ()"
             )
         slope = None
         if differentiate:
