@@ -14,7 +14,11 @@ HERE = Path(__file__).parent
 BENCHMARKS = {
     "prefix_sharing": "one prompt for two completions against a prompt each, in a whole DPO step",
     "packing": "packed against padded, and the cost of packing itself, as batches grow",
+    "packed_attention": "attention over a stream, walked group by group, against a dense mask and against padding",
+    "token_logprobs": "log-probs from logits against log_softmax and gather",
+    "kl_divergence": "exact KL from logits against two log_softmax",
     "linear_logprobs": "the fused head against the plain one",
+    "linear_kl": "exact KL from hidden states against the plain way",
     "gae": "advantages as one cumulative sum against the loop over tokens",
     "real_road": "the long versions of the proofs on real weights and data (needs RLHF_SHARED)",
 }
@@ -23,7 +27,8 @@ BENCHMARKS = {
 def main() -> int:
     lines = "\n".join(f"  {name:<16} {summary}" for name, summary in BENCHMARKS.items())
     parser = argparse.ArgumentParser(
-        description=f"benchmarks:\n{lines}\n\nagainst TRL: benchmarks/vs_trl/dpo.py, which makes its own environment",
+        description=f"benchmarks:\n{lines}\n\nagainst TRL: benchmarks/vs_trl/dpo.py and head.py, which "
+        "make an environment\non a GPU: benchmarks/gpu/run.py",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="those to run; all but real_road by default")
