@@ -37,8 +37,9 @@ def choose(op: str, device: torch.device | str, impl: str | None = None) -> str:
 
 
 def _choose(op: str, device_type: str, impl: str | None) -> str:
-    wanted = impl or _forced.get() or os.environ.get("RLHF_KERNELS") or "auto"
-    _check(wanted)
+    asked, environment = impl or _forced.get(), os.environ.get("RLHF_KERNELS")
+    wanted = asked or environment or "auto"
+    _check(wanted, "impl" if asked else "RLHF_KERNELS")
     if wanted == "torch" or (wanted == "auto" and device_type != "cuda"):
         return "torch"
     interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
@@ -83,6 +84,6 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _check(impl: str) -> None:
+def _check(impl: str, name: str = "impl") -> None:
     if impl not in IMPLS:
-        raise ValueError(f"impl={impl!r}: expected one of {', '.join(IMPLS)}")
+        raise ValueError(f"{name}={impl!r}: expected one of {', '.join(IMPLS)}")

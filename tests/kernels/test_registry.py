@@ -90,7 +90,8 @@ def test_triton_by_name_runs_or_raises(monkeypatch):
 
 @pytest.mark.parametrize("where", ["call", "block", "environment"])
 def test_an_unknown_name_is_named(monkeypatch, where):
-    with pytest.raises(ValueError, match="impl='cuda': expected one of auto, torch, triton"):
+    name = "RLHF_KERNELS" if where == "environment" else "impl"
+    with pytest.raises(ValueError, match=f"{name}='cuda': expected one of auto, torch, triton"):
         if where == "call":
             choose("op", "cpu", "cuda")
         elif where == "block":
