@@ -19,6 +19,7 @@ BENCHMARKS = {
     "kl_divergence": "exact KL from logits against two log_softmax",
     "linear_logprobs": "the fused head against the plain one",
     "linear_kl": "exact KL from hidden states against the plain way",
+    "sampling": "completions with log-probs and values against transformers' generate alone",
     "gae": "advantages as one cumulative sum against the loop over tokens",
     "real_road": "the long versions of the proofs on real weights and data (needs RLHF_SHARED)",
 }

@@ -173,8 +173,8 @@ def page() -> str:
             section(
                 "Sampled tokens",
                 "`policy_loss(NAME, ...)`: a surrogate, the ratio it looks at and how tokens are averaged; each can be "
-                "overridden. ratio = new / behaviour probability, A the advantage. Numbers: "
-                "`tests/losses/test_policy.py`.",
+                "overridden. `rlhf grpo --loss NAME` runs any of them. ratio = new / behaviour probability, A the "
+                "advantage. Numbers: `tests/losses/test_policy.py`.",
                 policy_rows(),
             ),
             section("The rest", "Functions of their own signature.", function_rows()),

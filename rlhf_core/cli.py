@@ -14,6 +14,7 @@ import importlib
 import inspect
 import logging
 import os
+import re
 import sys
 import textwrap
 import typing
@@ -27,6 +28,12 @@ JOBS = {  # name: (module, config class, function, one line)
     "reward": ("rlhf_core.trainers.reward", "RewardConfig", "train", "train a reward model on preference pairs"),
     "dpo": ("rlhf_core.trainers.dpo", "DPOConfig", "train", "train a policy directly on preference pairs"),
     "ppo": ("rlhf_core.trainers.ppo", "PPOConfig", "train", "improve a policy against a reward"),
+    "grpo": ("rlhf_core.trainers.grpo", "GRPOConfig", "train", "the same by groups of samples: GRPO, DAPO, GSPO, ..."),
+    "rloo": ("rlhf_core.trainers.rloo", "RLOOConfig", "train", "the same, each completion against its prompt's others"),
+    "reinforce": ("rlhf_core.trainers.reinforce", "ReinforceConfig", "train", "REINFORCE, ReMax or REINFORCE++"),
+    "online-dpo": ("rlhf_core.trainers.online_dpo", "OnlineDPOConfig", "train", "DPO on pairs sampled anew, XPO"),
+    "raft": ("rlhf_core.trainers.raft", "RAFTConfig", "train", "fine-tune on the best of the policy's own completions"),
+    "rrhf": ("rlhf_core.trainers.rrhf", "RRHFConfig", "train", "rank the policy's own completions by their scores"),
     "generate": ("rlhf_core.rollout.generate", "GenerateConfig", "generate", "write a model's completions of prompts"),
     "evaluate": ("rlhf_core.evaluation.compare", "EvaluateConfig", "evaluate", "score, KL and win rate of two models"),
     "demo": ("rlhf_core.demo.run", "DemoConfig", "demo", "the whole road on a small invented language, in minutes"),
@@ -84,7 +91,7 @@ def overview() -> str:
 def parse(job: str, kind: type, arguments: list[str], summary: str) -> Any:
     """The job's config from its defaults, then the --config files, then the options."""
     parser = build_parser(job, kind, summary)
-    options, unknown = parser.parse_known_args([_with_hyphens(word) for word in arguments])
+    options, unknown = parser.parse_known_args(_joined([_with_hyphens(word) for word in arguments]))
     if unknown:
         word = unknown[0].split("=")[0]
         if not word.startswith("--"):
@@ -106,6 +113,17 @@ def _with_hyphens(word: str) -> str:
     """--batch_size=4 -> --batch-size=4: underscores work as well."""
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value if name.startswith("--") else word
+
+
+def _joined(words: list[str]) -> list[str]:
+    """--reward-weights -1,2 -> --reward-weights=-1,2, which argparse would take for an option without a value."""
+    joined: list[str] = []
+    for word in words:
+        if re.match(r"-[.\d]", word) and joined and joined[-1].startswith("--"):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def read_yaml(file: str) -> dict[str, Any]:
@@ -194,7 +212,7 @@ def _help(field: dataclasses.Field, sentence: str, group_default: Any) -> str:
 def _metavar(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return "{" + ",".join(map(str, typing.get_args(kind))) + "}"
-    return {int: "N", float: "X", str: "TEXT"}.get(kind, "X,X")
+    return {int: "N", float: "X", str: "TEXT", tuple[str, ...]: "TEXT,TEXT"}.get(kind, "X,X")
 
 
 def field_sentences(kind: type) -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -86,8 +87,12 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         require(value in typing.get_args(kind), where, value, "one of " + ", ".join(map(str, typing.get_args(kind))))
         return value
     if typing.get_origin(kind) is tuple:
-        items = value.split(",") if isinstance(value, str) else value
+        items = _split(value) if isinstance(value, str) else value
         inner = typing.get_args(kind)
+        if inner[-1] is Ellipsis:  # as many as there are; one may stand alone
+            items = items if isinstance(items, list | tuple) else [items]
+            require(len(items) > 0, where, value, "one or more, commas between them")
+            inner = inner[:1] * len(items)
         require(isinstance(items, list | tuple) and len(items) == len(inner), where, value, f"{len(inner)} numbers")
         return tuple(_convert(one, item, where) for one, item in zip(inner, items, strict=True))
     if kind is bool:
@@ -105,6 +110,11 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if kind is float:
         return number
     return int(value) if isinstance(value, int) or str(value).isdecimal() else int(number)  # a float holds 53 bits
+
+
+def _split(text: str) -> list[str]:
+    """The parts between commas. A comma that belongs to a part is written with a backslash before it."""
+    return [part.replace("\\,", ",") for part in re.split(r"(?<!\\),", text)]
 
 
 # --------------------------------------------------------------------------------------------------- what a run is told
@@ -224,12 +234,38 @@ class SamplingConfig(Settings):
     """Divides the logits; 0 takes the likeliest token."""
     batch_size: int = 64
     """Completions decoded together."""
+    engine: Literal["builtin", "continuous", "server"] = "builtin"
+    """Who decodes: this library, transformers' continuous batching, or a server with OpenAI's protocol such as vLLM.
+    Only with the first the same seed always gives the same samples."""
+    server_url: str | None = None
+    """Where the server is, as http://localhost:8000; its /v1/completions must take and give token ids."""
+    server_model: str | None = None
+    """The model's name on the server; none takes the first that it lists."""
+    server_timeout: float = 600.0
+    """Seconds to wait for one answer."""
+    server_retries: int = 3
+    """How often a request is sent again when the server does not answer or fails."""
+    server_weights: str | None = None
+    """Folder where the policy is written before each rollout, for the server to load."""
+    server_refresh: str | None = None
+    """How the server is made to load it: a URL that {"path": folder} is posted to, or a command that gets the folder as
+    its last word. None: the server holds the model already, and it does not change."""
 
     def __post_init__(self):
         super().__post_init__()
         require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "more than 0")
         require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
         require(self.batch_size > 0, "batch_size", self.batch_size, "more than 0")
+        require(self.server_timeout > 0, "server_timeout", self.server_timeout, "more than 0")
+        require(self.server_retries >= 0, "server_retries", self.server_retries, "0 or more")
+        for field in ("server_url", "server_model", "server_weights", "server_refresh"):
+            value = getattr(self, field)
+            require(value is None or self.engine == "server", field, value, "engine='server' beside it")
+        url = self.server_url
+        needed = self.engine != "server" or (url is not None and url.startswith(("http://", "https://")))
+        require(needed, "server_url", url, "an address such as http://localhost:8000, for engine='server'")
+        both = (self.server_weights is None) == (self.server_refresh is None)
+        require(both, "server_weights", self.server_weights, "a folder where there is a server_refresh, and none else")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,4 +325,75 @@ class RunConfig(Settings):
             "overwrite",
             True,
             "False with resume: one keeps what the other deletes",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringConfig(Settings):
+    """What scores completions: a reward model, functions, checkers, or the weighted sum of several of these."""
+
+    reward_model: ModelConfig | None = None
+    """The reward model; it may have a tokenizer of its own."""
+    reward_function: tuple[str, ...] | None = None
+    """module:function, called with lists of prompts, completions and data rows; returns their scores, None for a
+    completion to be left out. Several with commas."""
+    checker: tuple[str, ...] | None = None
+    """What scores 1 if right and 0 if not: exact:COLUMN or numeric:COLUMN (the row's column has the right answer),
+    regex:PATTERN (found in the completion), format:TAG+TAG (<TAG>..</TAG> <TAG>..</TAG> and nothing else). Several with
+    commas; one inside a pattern has a backslash before it."""
+    reward_weights: tuple[float, ...] | None = None
+    """What each score is multiplied by before they are added: reward model, functions, checkers, in this order. 0 only
+    logs it; none: 1 each."""
+    reward_timeout: float | None = 600.0
+    """Seconds that a function or checker may take to score one batch; none waits for ever."""
+    end_unfinished: bool = False
+    """Score a completion that was cut off as if its end token had followed, as in all that a reward model has seen."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        sources = self.reward_sources()
+        if not sources:
+            raise ConfigError("reward_model, reward_function, checker: expected at least one of the three")
+        for field, form, expected in (
+            ("reward_function", r"[^:]+:[^:]+", "module:function"),
+            ("checker", r".+", "names such as numeric:answer"),
+        ):
+            names = getattr(self, field) or ()
+            require(all(re.fullmatch(form, name) for name in names), field, names, expected)
+            require(len({*names}) == len(names), field, names, "each of them once")
+        if self.reward_weights is not None:
+            expected = f"a number for each of {', '.join(sources)}"
+            require(len(self.reward_weights) == len(sources), "reward_weights", self.reward_weights, expected)
+            require(any(self.reward_weights), "reward_weights", self.reward_weights, "at least one that is not 0")
+        timeout = self.reward_timeout
+        require(timeout is None or timeout > 0, "reward_timeout", timeout, "more than 0, or none")
+
+    def reward_sources(self) -> tuple[str, ...]:
+        """What scores, as it was given, in the order of the weights."""
+        model = () if self.reward_model is None else ("reward_model",)
+        return (*model, *(self.reward_function or ()), *(self.checker or ()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnPolicyConfig(ScoringConfig, RunConfig):
+    """What every job has that samples completions from the policy and scores them."""
+
+    reference: ModelConfig | None = None
+    """The model that the policy is held to; the model to start from, if not given."""
+    eval_data: DataConfig | None = None
+    """Held-out prompts; their mean score and KL are logged as eval_score and eval_kl."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How completions are sampled."""
+    batch_size: int = 64
+    """Prompts to a rollout."""
+    minibatch_size: int = 16
+    """Completions to an optimizer step."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.minibatch_size > 0, "minibatch_size", self.minibatch_size, "more than 0")
+        stale = self.sampling.engine == "server" and self.sampling.server_refresh is None
+        require(not stale, "sampling.server_refresh", None, "how the server gets the weights that training changes")
+        require(
+            self.sampling.temperature > 0, "sampling.temperature", self.sampling.temperature, "more than 0, to learn"
         )

@@ -177,6 +177,22 @@ def test_one_option_of_a_group_keeps_the_rest_of_the_jobs_own(configs):
     assert config.reward_model is None
 
 
+@pytest.mark.parametrize(
+    "weights", [["--reward-weights", "-1,2"], ["--reward-weights=-1,2"], ["--reward_weights", "-1,2"]]
+)
+def test_lists_may_begin_with_a_minus(configs, weights):
+    sources = ["--reward-function", "module:function,module:other", *weights, "--optim.eps", ".1"]
+    assert main(["ppo", *RUN, *sources]) == 0
+    assert configs[0].reward_weights == (-1.0, 2.0)
+    assert configs[0].reward_function == ("module:function", "module:other")
+    assert configs[0].optim.eps == 0.1
+
+
+def test_a_comma_inside_a_part_of_a_list(configs):
+    assert main(["ppo", *RUN, "--checker", r"regex:a{2\,3},numeric"]) == 0
+    assert configs[0].checker == ("regex:a{2,3}", "numeric")
+
+
 def test_switches(configs):
     assert main(["sft", *RUN, "--no-progress", "--model.gradient-checkpointing", "--no-resume"]) == 0
     (config,) = configs
@@ -200,7 +216,7 @@ def test_switches(configs):
         (["sft", *RUN, "--optim.schedule", "cosin"], "rlhf sft: optim.schedule='cosin': expected one of cosine,"),
         (["sft", *RUN[2:]], "rlhf sft: model is missing"),
         (["sft", *RUN[2:], "--model.dtype", "float32"], "rlhf sft: model.path is missing"),
-        (["ppo", *RUN], "rlhf ppo: reward_model, reward_function: expected one of the two"),
+        (["ppo", *RUN], "rlhf ppo: reward_model, reward_function, checker: expected at least one of the three"),
         (["dpo", *RUN, "--beta", "-1"], "rlhf dpo: beta=-1.0: expected more than 0"),
         (["sft", "--config", "nowhere.yaml"], "rlhf sft: config='nowhere.yaml': No such file or directory"),
     ],

@@ -13,8 +13,11 @@ from rlhf_core.demo.run import DemoConfig
 from rlhf_core.evaluation.compare import EvaluateConfig
 from rlhf_core.rollout.generate import GenerateConfig
 from rlhf_core.trainers.dpo import DPOConfig
+from rlhf_core.trainers.grpo import GRPOConfig
 from rlhf_core.trainers.ppo import PPOConfig
+from rlhf_core.trainers.reinforce import ReinforceConfig
 from rlhf_core.trainers.reward import RewardConfig
+from rlhf_core.trainers.rloo import RLOOConfig
 from rlhf_core.trainers.sft import SFTConfig
 
 RUN = {"model": "m", "data": "d.jsonl", "output": "o"}
@@ -23,11 +26,14 @@ LEAST = {  # the least that each config takes
     RewardConfig: RUN,
     DPOConfig: RUN,
     PPOConfig: RUN | {"reward_function": "module:function"},
+    GRPOConfig: RUN | {"reward_function": "module:function"},
+    RLOOConfig: RUN | {"reward_function": "module:function"},
+    ReinforceConfig: RUN | {"reward_function": "module:function"},
     GenerateConfig: {"model": "m", "prompt": "Once"},
     EvaluateConfig: {"model": "m", "baseline": "b", "data": "d.jsonl", "reward_function": "module:function"},
     DemoConfig: {},
 }
-TRAINERS = [SFTConfig, RewardConfig, DPOConfig, PPOConfig]
+TRAINERS = [SFTConfig, RewardConfig, DPOConfig, PPOConfig, GRPOConfig, RLOOConfig, ReinforceConfig]
 every_config = pytest.mark.parametrize("cls", LEAST, ids=lambda cls: cls.__name__)
 
 
@@ -75,6 +81,9 @@ BAD = {
     "sampling.max_new_tokens": [0],
     "sampling.temperature": [-1, *INFINITE],
     "sampling.batch_size": [0],
+    "sampling.engine": ["vllm"],
+    "sampling.server_timeout": [0, -1, *INFINITE],
+    "sampling.server_retries": [-1],
     "center_coef": [-0.1, math.nan],
     "loss": ["sigmoide"],
     "cache_reference": ["sometimes"],
@@ -91,9 +100,42 @@ BAD = {
     "kl_coef": [-0.1, math.inf],
     "kl_target": [0, *INFINITE],
     "kl_horizon": [0],
+    "kl_coef_end": [-0.1, *INFINITE],
+    "kl_control": ["steered"],
+    "kl_in": ["score"],
+    "kl_stop": [0, *INFINITE],
+    "value_warmup": [-1],
+    "score_center": [-1],
+    "score_scale": ["std"],
+    "score_clip": [0, *INFINITE],
+    "missing_eos": ["never"],
+    "ratio_limit": [1, *INFINITE],
+    "entropy_coef": [-0.1, math.nan],
+    "ptx_coef": [-0.1, math.nan],
+    "reference_update": ["copy"],
+    "reference_every": [0],
+    "reference_rate": [-0.1, 1.1],
+    "recorded": ["always"],
+    "num_generations": [0],
+    "rollout_epochs": [0],
+    "missing_eos_penalty": [-0.1, math.nan],
+    "scale": ["groups"],
+    "baseline": ["median"],
+    "kl_estimator": ["k4"],
+    "clip_high": [0, *INFINITE],
+    "dual_clip": [1, *INFINITE],
+    "ratio_max": [0, *INFINITE],
+    "temperature_pos": [0, *INFINITE],
+    "temperature_neg": [0, *INFINITE],
+    "dynamic_sampling": [-1],
+    "overlong_buffer": [-1],
+    "reward_function": [["module"], ["module:"], [":function"]],
+    "checker": [[""]],
+    "reward_weights": [[0.0], [1.0, 2.0]],
+    "reward_timeout": [0, -1, *INFINITE],
 } | {
     f"{group}.{name}": values
-    for group in ("model", "baseline", "reference", "reward_model", "data", "eval_data")
+    for group in ("model", "baseline", "reference", "reward_model", "data", "eval_data", "ptx_data")
     for name, values in {
         **({"path": [""], "dtype": ["half"], "layout": ["sparse"]} if "data" not in group else {}),
         **({"path": [""], "skip_bad_rows": [-1], "limit": [0], "max_length": [1]} if "data" in group else {}),
@@ -133,10 +175,16 @@ def test_values_made_in_python_are_checked_as_those_of_yaml(cls):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"reward_function": None}, "reward_model, reward_function: expected one of the two"),
-        ({"reward_model": "r"}, "reward_model, reward_function: expected one of the two"),
+        ({"reward_function": None}, "reward_model, reward_function, checker: expected at least one of the three"),
+        (
+            {"reward_model": "r", "reward_weights": "1"},
+            "reward_weights=(1.0,): expected a number for each of reward_model",
+        ),
+        ({"reward_function": "a:f,b"}, "reward_function=('a:f', 'b'): expected module:function"),
+        ({"reward_function": "a:f,b:g,a:f"}, "reward_function=('a:f', 'b:g', 'a:f'): expected each of them once"),
+        ({"checker": ["regex:a,b", "regex:a,b"]}, "checker=('regex:a,b', 'regex:a,b'): expected each of them once"),
         ({"value": "reward"}, "value='reward': expected a reward_model"),
-        ({"sampling": {"temperature": 0}}, "sampling.temperature=0.0: expected more than 0 in PPO"),
+        ({"sampling": {"temperature": 0}}, "sampling.temperature=0.0: expected more than 0, to learn"),
         ({"kl_coef": 0}, "kl_coef=0.0: expected more than 0, to be adapted"),
         ({"resume": True, "overwrite": True}, "overwrite=True: expected False with resume"),
     ],
@@ -155,7 +203,7 @@ def test_generate_and_evaluate_want_one_of_two_sources():
     for values in ({"model": "m"}, {"model": "m", "prompt": "Once", "data": "d.jsonl"}):
         with pytest.raises(ConfigError, match="prompt, data"):
             from_dict(GenerateConfig, values)
-    with pytest.raises(ConfigError, match="reward_model, reward_function: expected one of the two"):
+    with pytest.raises(ConfigError, match="reward_model, reward_function, checker: expected at least one"):
         from_dict(EvaluateConfig, {"model": "m", "baseline": "b", "data": "d.jsonl"})
 
 
@@ -296,11 +344,17 @@ TOGETHER = {  # settings that exclude one another, and names that must exist
     SFTConfig: {"overwrite": False},
     RewardConfig: {"overwrite": False},
     DPOConfig: {"overwrite": False, "loss": "sigmoid", "loss_module": "math"},
-    PPOConfig: {"overwrite": False, "reward_function": None},
+    PPOConfig: {"overwrite": False, "reward_function": None, "reward_weights": [0.5, -1], "ratio_limit": 2.5,
+                "value_detach": False},
+    GRPOConfig: {"overwrite": False, "reward_function": None, "reward_weights": [0.5, -1], "loss": "dapo",
+                 "loss_module": "math", "minibatch_size": 63, "dual_clip": 2, "ratio_max": None,
+                 "temperature_pos": None, "temperature_neg": None},
+    RLOOConfig: {"overwrite": False, "reward_function": None, "reward_weights": [0.5, -1]},
+    ReinforceConfig: {"overwrite": False, "reward_function": None, "reward_weights": [0.5, -1], "minibatch_size": 66},
     GenerateConfig: {"prompt": None},
-    EvaluateConfig: {"reward_function": None},
+    EvaluateConfig: {"reward_function": "a:f,b:g", "reward_weights": [0.5, 0, -1, 2]},
     DemoConfig: {},
-}
+}  # fmt: skip
 
 
 def another_value(kind: type, default: object) -> object:
@@ -312,7 +366,9 @@ def another_value(kind: type, default: object) -> object:
     if kind is float:
         return (default or 0.5) / 2 if isinstance(default, float) else 0.5
     if typing.get_origin(kind) is tuple:
-        return tuple(item / 2 for item in default)
+        return (
+            tuple(item / 2 for item in default) if default else ("some:text",) if str in typing.get_args(kind) else (2,)
+        )
     return typing.get_args(kind)[-1] if typing.get_origin(kind) is typing.Literal else "a text"
 
 
@@ -324,7 +380,7 @@ def test_every_setting_survives_yaml(cls):
         inner = values
         for group in groups:
             inner = inner.setdefault(group, {})
-        inner[last] = another_value(kind, default)
+        inner[last] = "http://a-server" if last == "server_url" else another_value(kind, default)
     config = from_dict(cls, values | TOGETHER[cls])
     plain = to_dict(config)
     least = to_dict(from_dict(cls, LEAST[cls]))

@@ -183,12 +183,12 @@ def judge(folder: Path, prompts: Path, seed: int):
     for name in NAMES:
         policy = load_reference(folder / name)
         numbers, (mine, baseline) = compare(policy, reference, examples, tokenizer, learned, SAMPLING, seed=seed)
-        scores = true(mine.prompts, mine.completions, rows)
+        scores = true(mine.prompts, mine.completions, rows).total
         table[name] = {
             "true reward": scores.mean().item(),
             "reward model": numbers["score"],
             "KL to SFT": numbers["kl"],
-            "wins vs SFT": win_rate(scores, true(baseline.prompts, baseline.completions, rows)),
+            "wins vs SFT": win_rate(scores, true(baseline.prompts, baseline.completions, rows).total),
         }
         samples[name] = decode(mine, tokenizer)[:6]
     return table, samples

@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf_core.config import ConfigError, DataConfig, ModelConfig, SamplingConfig, Settings
+from rlhf_core.config import DataConfig, ModelConfig, SamplingConfig, ScoringConfig, require
 from rlhf_core.data.loader import load_examples
-from rlhf_core.data.tokenize import Example, stop_ids
+from rlhf_core.data.tokenize import Example
 from rlhf_core.evaluation.win_rate import win_rate
 from rlhf_core.models.forward import token_logprobs
 from rlhf_core.models.load import freeze, load_policy, load_reference
-from rlhf_core.plugins import import_function
-from rlhf_core.rollout.rewards import Reward, function_reward, load_model_reward
-from rlhf_core.rollout.sampling import Rollout, sample
+from rlhf_core.rollout.rewards import Reward
+from rlhf_core.rollout.sampling import Rollout
+from rlhf_core.rollout.steps import load_reward, roll_out, score
 from rlhf_core.seeding import generator
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(Settings):
+class EvaluateConfig(ScoringConfig):
     """Compare a model with a baseline: mean scores, KL to the baseline, and how often the model wins."""
 
     model: ModelConfig
@@ -32,12 +32,6 @@ class EvaluateConfig(Settings):
     """The model it is compared with, usually the one it started from."""
     data: DataConfig
     """Rows with prompts."""
-    reward_model: ModelConfig | None = None
-    """The reward model that scores both."""
-    reward_function: str | None = None
-    """module:function, called with lists of prompts, completions and data rows; returns their scores."""
-    end_unfinished: bool = False
-    """Score a completion that was cut off as if its end token had followed, as in all that a reward model has seen."""
     output: str | None = None
     """A JSON file for the numbers."""
     sampling: SamplingConfig = SamplingConfig()
@@ -49,8 +43,8 @@ class EvaluateConfig(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        if (self.reward_model is None) == (self.reward_function is None):
-            raise ConfigError("reward_model, reward_function: expected one of the two")
+        one = self.sampling.engine == "server" and self.sampling.server_refresh is None
+        require(not one, "sampling.server_refresh", None, "how the server gets one model, then the other")
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
@@ -60,12 +54,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     baseline = load_reference(
         config.baseline.path, policy_tokenizer=tokenizer, device=config.device, **config.baseline.options()
     )
-    if config.reward_function is not None:
-        reward = function_reward(import_function(config.reward_function), tokenizer)
-    else:
-        reward = load_model_reward(
-            config.reward_model, tokenizer, device=config.device, end_unfinished=config.end_unfinished
-        )
+    reward = load_reward(config, tokenizer)
     examples = load_examples(
         config.data, tokenizer, need="prompts", model=model, reserve=config.sampling.max_new_tokens
     )
@@ -91,22 +80,22 @@ def compare(
 ) -> tuple[dict[str, float], tuple[Rollout, Rollout]]:
     """One completion of each prompt by both: `score`, `baseline_score`, `win_rate` (a tie counts half), and `kl`.
 
+    Of several sources of reward there is also the mean of each, as `reward/NAME` and `baseline_reward/NAME`. A prompt
+    of which a completion gets no number (None) takes no part in scores and win rate, and `excluded` counts it.
+
     `kl` is KL(model || baseline) in nats a completion, estimated on the model's own samples, both at the temperature
     they are sampled with (at temperature 0, at 1); `kl_stderr` its standard error over prompts.
     """
     rollouts, scores = [], []
     for policy in (model, baseline):
-        rollout = sample(
-            policy,
-            [example.prompt for example in examples],
-            max_new_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            batch_size=sampling.batch_size,
-            stop_ids=stop_ids(tokenizer, policy.generation_config),
-            generator=generator(seed, "evaluate"),
-        )
+        prompts = [example.prompt for example in examples]
+        rollout = roll_out(policy, tokenizer, prompts, sampling, generator(seed, "evaluate"))
         rollouts.append(rollout)
-        scores.append(reward(rollout.prompts, rollout.completions, [example.record.row for example in examples]))
+        scores.append(score(reward, rollout, examples))
+    both = scores[0].valid & scores[1].valid
+    if not both.any():
+        raise ValueError(f"no prompt of {len(examples)} has completions of both models that the reward gives a number")
+    totals = [one.total[both] for one in scores]
     options = dict(temperature=sampling.temperature or 1.0)
     divergence = torch.cat(
         [
@@ -115,12 +104,16 @@ def compare(
         ]
     )
     numbers = {
-        "score": scores[0].mean().item(),
-        "baseline_score": scores[1].mean().item(),
-        "win_rate": win_rate(*scores),
+        "score": totals[0].mean().item(),
+        "baseline_score": totals[1].mean().item(),
+        "win_rate": win_rate(*totals),
         "kl": divergence.mean().item(),
         "kl_stderr": divergence.std(correction=0).item() / len(divergence) ** 0.5,
         "length": sum(map(len, rollouts[0].completions)) / len(examples),
         "prompts": len(examples),
+        "excluded": int((~both).sum()),
     }
+    if len(scores[0].components) > 1:
+        for side, one in zip(("", "baseline_"), scores, strict=True):
+            numbers |= {f"{side}reward/{name}": one.components[name][both].nanmean().item() for name in one.components}
     return numbers, (rollouts[0], rollouts[1])

@@ -23,7 +23,8 @@ from transformers import PreTrainedConfig
 
 from rlhf_core.batch import PackedBatch
 from rlhf_core.models.attention import PACKED, packed_forward
-from rlhf_core.ops.logprobs import linear_logprobs, linear_token_loss, logits_logprobs
+from rlhf_core.ops.kl import kl_divergence, linear_kl
+from rlhf_core.ops.logprobs import linear_logprobs, linear_token_loss, logits_logprobs, vocab_statistics
 
 Layout = Literal["auto", "packed", "padded"]
 logger = logging.getLogger("rlhf_core.models")
@@ -34,8 +35,9 @@ class PolicyOutputs:
     """What one forward of a policy says about the completion tokens; each (B, T), zero outside the mask."""
 
     logprobs: Tensor
-    entropy: Tensor | None = None  # nats, without gradient
+    entropy: Tensor | None = None  # nats, without gradient unless it was asked for
     values: Tensor | None = None  # V(prompt and completion before the token)
+    kl: Tensor | None = None  # KL(policy || reference) of the whole distribution at the token
 
 
 def token_logprobs(
@@ -49,31 +51,79 @@ def policy_outputs(
     model: nn.Module,
     batch: PackedBatch,
     *,
-    value_head: nn.Module | None = None,
+    value_head: Callable[[Tensor], Tensor] | None = None,
+    reference: nn.Module | None = None,
     temperature: float = 1.0,
     entropy: bool = False,
+    entropy_gradient: bool = False,
     layout: Layout = "auto",
 ) -> PolicyOutputs:
-    """Log-probs, and on request entropies and the values of a head on the policy's trunk, from one forward.
+    """Log-probs, and on request more that hangs on the same hidden states, from one forward of the policy.
 
-    `temperature` divides the logits: give the one the completions were sampled with. Raises ValueError where
-    `layout="packed"` is asked of a model that cannot take it.
+    Args:
+        value_head: (M, H) states to (M,) values, such as a `ValueHead`.
+        reference: a model of the same vocabulary, without gradient, that the exact KL is taken to (`linear_kl`).
+        temperature: divides both models' logits: give the one the completions were sampled with.
+        entropy: also the entropies, a gauge. entropy_gradient: with their gradient, for a bonus; the (M, V) logits of
+            the completion tokens are then there at once.
+
+    Raises ValueError where `layout="packed"` is asked of a model that cannot take it.
     """
     route = find_route(model, layout)
     batch = batch.to(device_of(model))
+    logits = None
     if route.fused_head:
         states = completion_states(model, batch, route)
+        logits = _head_logits(model, states) if entropy_gradient else None
+    else:
+        states, logits = _own_logits(model, batch, with_states=value_head is not None)
+    if logits is None:
         logprobs, entropies = linear_logprobs(
             states, targets=batch.targets, temperature=temperature, entropy=entropy, **_lm_head(model)
         )
     else:
-        states, logits = _own_logits(model, batch, with_states=value_head is not None)
         logprobs, entropies = logits_logprobs(logits, batch.targets, temperature=temperature, entropy=entropy)
+    if entropy_gradient:
+        entropies = vocab_statistics(logits, temperature=temperature).entropy
+    kl = None
+    if reference is not None:
+        kl = _exact_kl(model, reference, batch, states, logits, temperature=temperature, layout=layout)
     return PolicyOutputs(
         logprobs=batch.scatter(logprobs),
-        entropy=batch.scatter(entropies) if entropy else None,
+        entropy=batch.scatter(entropies) if entropies is not None else None,
         values=batch.scatter(value_head(states)) if value_head is not None else None,
+        kl=batch.scatter(kl) if kl is not None else None,
     )
+
+
+def _exact_kl(
+    model: nn.Module,
+    reference: nn.Module,
+    batch: PackedBatch,
+    states: Tensor | None,
+    logits: Tensor | None,
+    *,
+    temperature: float,
+    layout: Layout,
+) -> Tensor:
+    """(M,) KL(model || reference) from the states of two linear heads of one kind, and from logits otherwise."""
+    route = find_route(reference, layout)
+    with torch.no_grad():
+        if route.fused_head:
+            ref_states, ref_logits = completion_states(reference, batch, route), None
+        else:
+            ref_states, ref_logits = _own_logits(reference, batch)
+    if logits is None and ref_logits is None:
+        ours, theirs = _lm_head(model), _lm_head(reference)
+        shared = dict(scale=ours["scale"], softcap=ours["softcap"])
+        if shared == dict(scale=theirs["scale"], softcap=theirs["softcap"]):
+            biases = dict(policy_bias=ours["bias"], ref_bias=theirs["bias"])
+            heads = (states, ours["weight"], ref_states, theirs["weight"])
+            return linear_kl(*heads, temperature=temperature, **biases, **shared)[0]
+    logits = _head_logits(model, states) if logits is None else logits
+    with torch.no_grad():
+        ref_logits = _head_logits(reference, ref_states) if ref_logits is None else ref_logits
+    return kl_divergence(logits, ref_logits, temperature=temperature)[0]
 
 
 def summed_loss(
@@ -81,6 +131,7 @@ def summed_loss(
     batch: PackedBatch,
     loss: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]],
     *,
+    temperature: float = 1.0,
     layout: Layout = "auto",
 ) -> tuple[Tensor, Tensor]:
     """A loss in which each token stands for itself, without ever keeping what the head's gradient is made of.
@@ -92,6 +143,7 @@ def summed_loss(
     Args:
         loss: called as loss(logprobs, mask) with some of the completion tokens, both (1, r); returns a scalar and its
             stats, as the functions in `losses` do. Divided by anything but a fixed normalizer, parts do not add up.
+        temperature: divides the logits.
 
     Returns:
         the sum, a scalar to call backward on, once; and the log-probs, (B, T) without gradient.
@@ -104,9 +156,10 @@ def summed_loss(
 
     if route.fused_head:
         states = completion_states(model, batch, route)
-        total, logprobs = linear_token_loss(states, targets=batch.targets, loss=part, **_lm_head(model))
+        options = dict(temperature=temperature, **_lm_head(model))
+        total, logprobs = linear_token_loss(states, targets=batch.targets, loss=part, **options)
     else:
-        logprobs, _ = logits_logprobs(_own_logits(model, batch)[1], batch.targets)
+        logprobs, _ = logits_logprobs(_own_logits(model, batch)[1], batch.targets, temperature=temperature)
         total = part(logprobs)
     return total, batch.scatter(logprobs.detach())
 
@@ -225,6 +278,13 @@ def _lm_head(model: nn.Module) -> dict:
         scale=scale,
         softcap=getattr(config, "final_logit_softcapping", None),
     )
+
+
+def _head_logits(model: nn.Module, states: Tensor) -> Tensor:
+    """(M, H) states -> the (M, V) logits that `linear_logprobs` spares, by the definition it has of them."""
+    head = _lm_head(model)
+    logits = head["scale"] * torch.nn.functional.linear(states, head["weight"], head["bias"])
+    return logits if head["softcap"] is None else head["softcap"] * (logits / head["softcap"]).tanh()
 
 
 # ---------------------------------------------------------------------------------------------------------- the probe

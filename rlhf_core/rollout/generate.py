@@ -12,7 +12,7 @@ from rlhf_core.data.formats import Record
 from rlhf_core.data.loader import load_examples
 from rlhf_core.data.tokenize import encode_records, stop_ids
 from rlhf_core.models.load import freeze, load_policy
-from rlhf_core.rollout.sampling import sample
+from rlhf_core.rollout.steps import roll_out
 from rlhf_core.seeding import generator
 
 
@@ -54,14 +54,12 @@ def generate(config: GenerateConfig) -> list[dict[str, str]]:
     else:
         typed = Record(prompt=config.prompt, completions=(), row={"prompt": config.prompt}, source="--prompt")
         examples = encode_records([typed], tokenizer, stop_ids=stops)
-    rollout = sample(
+    rollout = roll_out(
         policy,
+        tokenizer,
         [example.prompt for example in examples],
-        max_new_tokens=config.sampling.max_new_tokens,
-        temperature=config.sampling.temperature,
-        batch_size=config.sampling.batch_size,
-        stop_ids=stops,
-        generator=generator(config.seed, "generate"),
+        config.sampling,
+        generator(config.seed, "generate"),
     )
     prompts = tokenizer.batch_decode(rollout.prompts, skip_special_tokens=True)
     completions = tokenizer.batch_decode(rollout.completions, skip_special_tokens=True)

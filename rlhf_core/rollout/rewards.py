@@ -1,23 +1,90 @@
-"""Scoring: one number for each completion, from a reward model or from a function of the texts."""
+"""Scoring: numbers for each completion, from a reward model, from functions of the texts, or from a sum of several."""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rlhf_core.batch import PackedBatch
-from rlhf_core.config import ModelConfig
+from rlhf_core.config import ModelConfig, ScoringConfig
+from rlhf_core.data.sources import DataError
 from rlhf_core.models.forward import Layout, sequence_scores
 from rlhf_core.models.load import freeze, load_reward_model, same_vocabulary
+from rlhf_core.plugins import import_function
+from rlhf_core.rollout.checkers import Function, make_checker
 from rlhf_core.rollout.sampling import evaluating
 
-Reward = Callable[[list[list[int]], list[list[int]], list[dict[str, Any]]], Tensor]
-"""(prompt ids, completion ids, data rows) -> (B,) float32 scores on the CPU."""
+logger = logging.getLogger("rlhf_core.rollout")
+
+
+class Scores(NamedTuple):
+    """What the sources of reward say of B completions."""
+
+    total: Tensor  # (B,) float32 on the CPU: the weighted sum of the sources, 0 where not valid
+    valid: Tensor  # (B,) bool: False where a source whose weight is not 0 gave None; the sample is to be left out
+    components: dict[str, Tensor]  # by the source's name, (B,) float32 before its weight, NaN where it gave None
+    seconds: dict[str, float]  # by the source's name, how long it took
+
+
+Reward = Callable[[list[list[int]], list[list[int]], list[dict[str, Any]]], Scores]
+"""(prompt ids, completion ids, data rows) -> Scores."""
+
+
+def configured_reward(config: ScoringConfig, policy_tokenizer: Any, *, device: str | None = None) -> Reward:
+    """The reward that the settings describe, for completions in the policy's tokens.
+
+    A source is named `model`, as its function, or as its checker; in full where two would have the same name.
+    """
+    functions = [(spec, "reward function", import_function(spec)) for spec in config.reward_function or ()]
+    functions += [(spec, "checker", make_checker(spec)) for spec in config.checker or ()]
+    names = [spec.partition(":")[0 if kind == "checker" else 2] for spec, kind, _ in functions]
+    taken = [*names, "model"]
+    rewards = []
+    if config.reward_model is not None:
+        options = dict(device=device, end_unfinished=config.end_unfinished)
+        rewards.append(load_model_reward(config.reward_model, policy_tokenizer, **options))
+    for (spec, kind, function), name in zip(functions, names, strict=True):
+        options = dict(name=name if taken.count(name) == 1 else spec, kind=kind, timeout=config.reward_timeout)
+        rewards.append(function_reward(function, policy_tokenizer, **options))
+    return weighted_sum(rewards, config.reward_weights or [1.0] * len(rewards))
+
+
+def weighted_sum(rewards: Sequence[Reward], weights: Sequence[float]) -> Reward:
+    """The sum of several rewards, each multiplied by its weight. One whose weight is 0 is only measured.
+
+    A completion to which any other of them gives None has no sum: it is not valid.
+    """
+
+    def score(prompts: list[list[int]], completions: list[list[int]], rows: list[dict[str, Any]]) -> Scores:
+        parts = [reward(prompts, completions, rows) for reward in rewards]
+        counted = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
+        valid = torch.stack([part.valid for part, _ in counted]).all(0)
+        total = torch.stack([weight * part.total for part, weight in counted]).sum(0)
+        if not total.isfinite().all():
+            i = int((~total.isfinite()).nonzero()[0])
+            raise ValueError(f"reward_weights={tuple(weights)}: the sum of sample {i} is {total[i]}, expected less")
+        return Scores(
+            total=torch.where(valid, total, 0.0),
+            valid=valid,
+            components={name: values for part in parts for name, values in part.components.items()},
+            seconds={name: seconds for part in parts for name, seconds in part.seconds.items()},
+        )
+
+    return score
+
+
+# -------------------------------------------------------------------------------------------------------- reward models
 
 
 def model_reward(
@@ -28,29 +95,65 @@ def model_reward(
     batch_size: int = 64,
     layout: Layout = "auto",
     end_unfinished: bool = False,
+    name: str = "model",
 ) -> Reward:
     """Scores of a reward model. Token ids are passed as they are where both share a vocabulary, else the texts.
 
-    With `end_unfinished` a completion that was cut off is scored as if its end token had followed.
+    With `end_unfinished` a completion that was cut off is scored as if its end token had followed. A prompt loses its
+    left where the model has no positions for all of it, as in data. The reward raises ValueError for a score that is
+    not finite and for a completion that alone is too long.
     """
     translate = not same_vocabulary(reward_tokenizer, policy_tokenizer)
+    labels = reward_model.config.num_labels
+    if labels != 1:
+        raise ValueError(f"{type(reward_model).__name__} has {labels} labels; a reward model has one")
+    positions = getattr(reward_model.config, "max_position_embeddings", None)
 
     @torch.no_grad()
-    def score(prompts: list[list[int]], completions: list[list[int]], rows: list[dict[str, Any]]) -> Tensor:
+    def score(prompts: list[list[int]], completions: list[list[int]], rows: list[dict[str, Any]]) -> Scores:
+        began = time.perf_counter()
         if translate:
             prompts, completions = _translate(prompts, completions, policy_tokenizer, reward_tokenizer)
         if end_unfinished:
             ends, end = {*reward_tokenizer.all_special_ids}, [reward_tokenizer.eos_token_id]
             completions = [ids if ids[-1] in ends else ids + end for ids in completions]
+        if positions is not None:
+            prompts = _fit(prompts, completions, positions, reward_tokenizer.bos_token_id)
         scores = []
         with evaluating(reward_model):
             for start in range(0, len(prompts), batch_size):
                 part = slice(start, start + batch_size)
                 batch = PackedBatch.pack([(p, [c]) for p, c in zip(prompts[part], completions[part], strict=True)])
                 scores.append(sequence_scores(reward_model, batch, layout=layout).cpu())
-        return torch.cat(scores)
+        values = torch.cat(scores)
+        if not values.isfinite().all():
+            i = int((~values.isfinite()).nonzero()[0])
+            raise ValueError(
+                f"reward model: sample {i} got {values[i].item()}, expected a finite number; "
+                + _begin(reward_tokenizer.decode(completions[i]))
+            )
+        return _of_one_source(name, values, time.perf_counter() - began)
 
     return score
+
+
+def _fit(prompts: list[list[int]], completions: list[list[int]], positions: int, start: int | None) -> list[list[int]]:
+    """The prompts, cut on the left, but for a BOS, where they do not fit before their completions."""
+    rooms = [positions - len(completion) for completion in completions]
+    for i, room in enumerate(rooms):
+        if room < 1:
+            raise ValueError(
+                f"reward model: sample {i} has a completion of {len(completions[i])} tokens, "
+                f"expected at most {positions - 1}, because the model's max_position_embeddings={positions}"
+            )
+    cut = sum(len(prompt) > room for prompt, room in zip(prompts, rooms, strict=True))
+    if cut:
+        logger.warning("reward model: %d of %d prompts lose their left; %d positions", cut, len(prompts), positions)
+    fitted = []
+    for prompt, room in zip(prompts, rooms, strict=True):
+        head = prompt[:1] if prompt[:1] == [start] and 1 < room < len(prompt) else []
+        fitted.append(head + prompt[max(len(prompt) - room + len(head), 0) :])
+    return fitted
 
 
 def load_model_reward(
@@ -63,27 +166,173 @@ def load_model_reward(
     )
 
 
-def function_reward(function: Callable[..., Sequence[float]], policy_tokenizer: Any) -> Reward:
-    """Scores of `function(prompts, completions, records)`: lists of texts (without special tokens) and of data rows."""
-    name = getattr(function, "__name__", str(function))
+# ------------------------------------------------------------------------------------------------------------ functions
 
-    def score(prompts: list[list[int]], completions: list[list[int]], rows: list[dict[str, Any]]) -> Tensor:
-        prompt_texts = policy_tokenizer.batch_decode(prompts, skip_special_tokens=True)
-        completion_texts = policy_tokenizer.batch_decode(completions, skip_special_tokens=True)
-        scores = function(prompt_texts, completion_texts, rows)
-        if not isinstance(scores, Iterable) or len(scores := list(scores)) != len(prompts):
-            got = f"{len(scores)} scores" if isinstance(scores, list) else repr(scores)
-            raise ValueError(f"reward function {name}: {got} for {len(prompts)} completions")
-        for i, value in enumerate(scores):
-            single = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
-            if not single or not math.isfinite(value):
+
+def function_reward(
+    function: Function,
+    policy_tokenizer: Any,
+    *,
+    name: str | None = None,
+    kind: str = "reward function",
+    timeout: float | None = None,
+) -> Reward:
+    """Scores of `function(prompts, completions, records)`: lists of texts (without special tokens) and of data rows.
+
+    It returns a finite number for each completion, or None for one that is to be left out. When it raises, or is not
+    done after `timeout` seconds, it is called once more with one sample after the other, to name the one to blame.
+
+    Args:
+        name: of the component, and in messages; the function's own if not given. kind: what to call it there.
+
+    The reward raises ValueError that names function and sample for all that is no score.
+    """
+    name = name or getattr(function, "__name__", str(function))
+
+    def score(prompts: list[list[int]], completions: list[list[int]], rows: list[dict[str, Any]]) -> Scores:
+        began = time.perf_counter()
+        prompts = policy_tokenizer.batch_decode(prompts, skip_special_tokens=True)
+        completions = policy_tokenizer.batch_decode(completions, skip_special_tokens=True)
+        columns = prompts, completions, [dict(row) for row in rows]  # what a function does to a row, it does to a copy
+        try:
+            answer = call_within(timeout, _ask, function, *columns)
+        except (Exception, TimeIsUp) as error:
+            raise ValueError(f"{kind} {name}: {_blame(error, function, timeout, *columns)}") from error
+        if not isinstance(answer, list) or len(answer) != len(completions):
+            got = f"{len(answer)} scores" if isinstance(answer, list) else repr(answer)
+            raise ValueError(f"{kind} {name}: {got} for {len(completions)} completions")
+        values = []
+        for i, one in enumerate(answer):
+            values.append(math.nan if one is None else _number(one))
+            if values[-1] is None:
                 raise ValueError(
-                    f"reward function {name}: sample {i} got {value!r}, expected a finite number; "
-                    f"its completion begins {completion_texts[i][:60]!r}"
+                    f"{kind} {name}: sample {i} got {one!r}, expected a finite number, or None to leave it out; "
+                    + _begin(completions[i])
                 )
-        return torch.tensor([float(value) for value in scores])
+        return _of_one_source(name, torch.tensor(values), time.perf_counter() - began)
 
     return score
+
+
+def _ask(function: Function, *columns: list) -> Any:
+    """The function's answer, as a list if it is a sequence of any kind."""
+    answer = function(*columns)
+    if isinstance(answer, Tensor):
+        answer = answer.detach().cpu()
+    listable = isinstance(answer, Iterable) and not isinstance(answer, str | Mapping | Set)
+    return list(answer) if listable and getattr(answer, "ndim", 1) else answer
+
+
+def _number(value: Any) -> float | None:
+    """A score as a float, None if it is not a number or not a finite float32."""
+    single = isinstance(value, Real | np.bool_) or (isinstance(value, Tensor) and value.numel() == 1)
+    try:
+        number = float(value) if single else math.nan
+    except (OverflowError, RuntimeError):  # an integer too large, a complex tensor
+        return None
+    return number if abs(number) <= torch.finfo(torch.float32).max else None
+
+
+def _of_one_source(name: str, values: Tensor, seconds: float) -> Scores:
+    valid = ~values.isnan()
+    return Scores(torch.where(valid, values, 0.0), valid, {name: values}, {name: seconds})
+
+
+def _begin(completion: str) -> str:
+    return f"its completion begins {completion[:60]!r}"
+
+
+def _blame(error: BaseException, function: Function, timeout: float | None, *columns: list) -> str:
+    """What went wrong, and with which sample: each is given to the function alone, until one fails or time is up."""
+    sample = 0
+
+    def one_by_one() -> None:
+        nonlocal sample
+        for sample in range(len(columns[0])):  # noqa: B007
+            _ask(function, *([column[sample]] for column in columns))
+
+    def trouble(error: BaseException) -> str:
+        if isinstance(error, TimeIsUp):
+            return f"no answer within reward_timeout={timeout:g} seconds"
+        if isinstance(error, DataError):
+            return str(error)
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
+
+    try:
+        call_within(timeout, one_by_one)
+    except (Exception, TimeIsUp) as again:
+        return f"sample {sample}: {trouble(again)}; {_begin(columns[1][sample])}"
+    return (
+        f"{trouble(error)} for {len(columns[0])} samples together, though each alone is answered; "
+        f"the first of them: {_begin(columns[1][0])}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- patience
+
+
+class TimeIsUp(BaseException):
+    """A call took too long. No Exception, so that a function that catches those does not catch its own end."""
+
+
+def call_within(seconds: float | None, function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)`, or TimeIsUp after so many seconds; None waits for ever.
+
+    In the main thread an alarm interrupts the call, which also ends what holds the interpreter, as a regular expression
+    that tries for ever does. Elsewhere (another thread, Windows) the call goes into a thread of its own, which is left
+    behind when its time is up.
+    """
+    if seconds is None:
+        return function(*arguments)
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer"):
+        return _with_alarm(seconds, function, *arguments)
+    return _in_a_thread(seconds, function, *arguments)
+
+
+def _with_alarm(seconds: float, function: Callable[..., Any], *arguments: Any) -> Any:
+    over = False
+
+    def ring(number: int, frame: Any) -> None:
+        if not over:
+            raise TimeIsUp
+
+    handler = signal.signal(signal.SIGALRM, ring)
+    began = time.monotonic()
+    remaining, interval = signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))  # 0 would be never
+    try:
+        try:
+            return function(*arguments)
+        finally:
+            over = True
+    finally:  # someone else's alarm goes on as if nothing had been
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
+        if remaining:
+            signal.setitimer(signal.ITIMER_REAL, max(remaining - (time.monotonic() - began), 1e-6), interval)
+
+
+def _in_a_thread(seconds: float, function: Callable[..., Any], *arguments: Any) -> Any:
+    outcome: list[tuple[bool, Any]] = []
+
+    def work() -> None:
+        try:
+            outcome.append((True, function(*arguments)))
+        except BaseException as error:  # raised again where it is waited for
+            outcome.append((False, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise TimeIsUp
+    done, answer = outcome[0]
+    if not done:
+        raise answer
+    return answer
+
+
+# --------------------------------------------------------------------------------------------------- other vocabularies
 
 
 def _translate(
@@ -99,7 +348,7 @@ def _translate(
         before, whole = source.batch_decode([prompt, prompt + completion], skip_special_tokens=True)
         text = whole[len(before) :] if whole.startswith(before) else source.decode(completion, skip_special_tokens=True)
         ids = target(text, add_special_tokens=False)["input_ids"]
-        ended = completion[-1] in special or not ids
+        ended = not ids or completion[-1] in special
         new_prompts.append(target(before)["input_ids"] or [start])
         new_completions.append(ids + [target.eos_token_id] if ended else ids)
     return new_prompts, new_completions

@@ -6,33 +6,56 @@ belong to another policy than the one that acted.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from rlhf_core.batch import PackedBatch
-from rlhf_core.models.forward import device_of, evaluating, find_route
+from rlhf_core.models.forward import device_of, evaluating, find_route, trunk_of
 
 logger = logging.getLogger("rlhf_core.rollout")
+
+# Rows that have ended leave the running batch once they are more than this share of it: leaving copies the cache.
+_ENDED_SHARE = 0.125
+# Tokens that a cache makes room for at once.
+_ROOM = 64
+# Tokens of the vocabulary that are summed up together in the search for the one that was drawn.
+_BLOCK = 128
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """B sampled completions. Token lists hold no padding; a completion that stopped ends with its stop token."""
+    """B = prompts * n sampled completions; row i * n + j is sample j of prompt i, and each row names its prompt.
+
+    Token lists hold no padding; a completion that stopped ends with its stop token.
+    """
 
     prompts: list[list[int]]
     completions: list[list[int]]
     logprobs: Tensor  # (B, T) float32 CPU, of each token when it was sampled, 0 after the end
     finished: Tensor  # (B,) bool, True = ended with a stop token, False = cut off by max_new_tokens
+    values: Tensor | None = None  # (B, T) float32 CPU, of the states that the tokens were sampled from, 0 after the end
+    group_size: int = 1  # n
 
     def pack(self, rows: Sequence[int] | None = None, *, width: int | None = None) -> PackedBatch:
-        """The given rows (all) as a batch; `width` columns where (B, T) tensors of the whole rollout must line up."""
-        rows = range(len(self.prompts)) if rows is None else rows
-        return PackedBatch.pack([(self.prompts[row], [self.completions[row]]) for row in rows], width=width)
+        """The given rows (all) as a batch; `width` columns where (B, T) tensors of the whole rollout must line up.
+
+        Rows of one group that stand side by side share their prompt, so keep groups together where order is free.
+        """
+        groups: list[tuple[list[int], list[list[int]]]] = []
+        before = None
+        for row in range(len(self.prompts)) if rows is None else rows:
+            if row // self.group_size != before:
+                groups.append((self.prompts[row], []))
+            groups[-1][1].append(self.completions[row])
+            before = row // self.group_size
+        return PackedBatch.pack(groups, width=width)
 
     def packs(self, batch_size: int) -> Iterator[PackedBatch]:
         """All rows in order, `batch_size` at a time, every batch with the columns of the whole."""
@@ -40,126 +63,284 @@ class Rollout:
         for start in range(0, len(self.prompts), batch_size):
             yield self.pack(range(start, min(start + batch_size, len(self.prompts))), width=width)
 
+    def keep(self, rows: Sequence[int]) -> Rollout:
+        """The given rows as a rollout of their own, with as many columns as their longest completion.
+
+        Its group_size is 1 unless the rows are whole groups, each in its order. Raises ValueError for no rows.
+        """
+        rows, size = list(rows), self.group_size
+        if not rows:
+            raise ValueError("keep: expected at least one row")
+        firsts = rows[::size]
+        whole = all(first % size == 0 for first in firsts)
+        whole = whole and rows == [first + j for first in firsts for j in range(size)]
+        completions = [self.completions[row] for row in rows]
+        columns = slice(max(map(len, completions)))
+        return Rollout(
+            prompts=[self.prompts[row] for row in rows],
+            completions=completions,
+            logprobs=self.logprobs[rows, columns],
+            finished=self.finished[rows],
+            values=None if self.values is None else self.values[rows, columns],
+            group_size=size if whole else 1,
+        )
+
 
 @torch.no_grad()
 def sample(
     policy: nn.Module,
     prompts: Sequence[Sequence[int]],
+    n: int = 1,
     *,
     max_new_tokens: int,
     stop_ids: frozenset[int],
     generator: torch.Generator,
     temperature: float = 1.0,
     batch_size: int = 64,
+    value_head: Callable[[Tensor], Tensor] | None = None,
 ) -> Rollout:
-    """One completion for each prompt, sampled at `temperature` (0: the likeliest token) until a stop token.
+    """`n` completions of each prompt, sampled at `temperature` (0: the likeliest token) until a stop token.
 
-    Every row has its own stream of random numbers, so samples do not depend on `batch_size`. Runs in evaluation mode.
-    Raises ValueError for an empty prompt and where there are no prompts at all.
+    Every row has its own stream of random numbers, so samples depend neither on `batch_size` nor on `n`: more of them
+    leave the first ones as they were. A prompt is computed once for all of its rows in a batch of `batch_size` rows.
+    Runs in evaluation mode.
+
+    Args:
+        value_head: (B, H) states of the policy's trunk to (B,) values, such as a `ValueHead`. The value of the state
+            that each token was sampled from is recorded.
+
+    Raises:
+        ValueError: for an empty prompt, no prompts at all, n < 1, and logits that are not finite.
     """
-    if not prompts or not all(prompts):
-        empty = next((row for row, prompt in enumerate(prompts) if not prompt), None)
-        raise ValueError("no prompts" if empty is None else f"prompt {empty} is empty; give at least the BOS token")
-    uniforms = torch.rand(len(prompts), max_new_tokens, generator=generator, dtype=torch.float64)
-    completions: list[list[int]] = []
-    logprobs = torch.zeros(len(prompts), max_new_tokens)
-    with evaluating(policy):
-        for start in range(0, len(prompts), batch_size):
-            rows = slice(start, min(start + batch_size, len(prompts)))
-            tokens, scores = _decode(policy, prompts[rows], uniforms[rows], stop_ids, temperature)
-            for row, (line, line_scores) in enumerate(zip(tokens.tolist(), scores, strict=True), start=start):
-                length = next((i + 1 for i, token in enumerate(line) if token in stop_ids), len(line))
-                completions.append(line[:length])
-                logprobs[row, :length] = line_scores[:length]
-    longest = max(len(completion) for completion in completions)
+    check_prompts(prompts, n)
+    shape = (len(prompts) * n, max_new_tokens)
+    # Drawn sample by sample, so that the numbers of the first samples are the same whatever n is.
+    uniforms = torch.rand(n, len(prompts), max_new_tokens, generator=generator, dtype=torch.float64)
+    uniforms = uniforms.transpose(0, 1).reshape(shape)
+    tokens = torch.zeros(shape, dtype=torch.long)
+    logprobs, values = torch.zeros(shape), torch.zeros(shape)
+    # Prompts of like length go together: less padding. Longest first: what does not fit in memory fails at once.
+    order = sorted(range(len(prompts)), key=lambda prompt: -len(prompts[prompt]))
+    rows = torch.tensor(order)[:, None] * n + torch.arange(n)
+    with evaluating(policy, *[value_head] if isinstance(value_head, nn.Module) else []):
+        for batch in rows.flatten().split(batch_size - batch_size % n if n <= batch_size else batch_size):
+            distinct, owners = torch.unique_consecutive(batch // n, return_inverse=True)
+            tokens[batch], logprobs[batch], values[batch] = _decode(
+                policy,
+                [prompts[prompt] for prompt in distinct.tolist()],
+                owners,
+                uniforms[batch],
+                stop_ids,
+                temperature,
+                value_head,
+            )
+    if not logprobs.isfinite().all():
+        row, t = (~logprobs.isfinite()).nonzero()[0].tolist()
+        raise ValueError(
+            f"prompt {row // n}, sample {row % n}, token {t}: the policy's logits are not finite; expected a policy "
+            "whose weights are (a learning rate too high, or half precision, may have broken them)"
+        )
+    ends = torch.isin(tokens, torch.tensor(sorted(stop_ids)))
+    finished = ends.any(1)
+    lengths = torch.where(finished, ends.int().argmax(1) + 1, max_new_tokens)
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    columns = mask.shape[1]
     return Rollout(
-        prompts=[list(prompt) for prompt in prompts],
-        completions=completions,
-        logprobs=logprobs[:, :longest],
-        finished=torch.tensor([completion[-1] in stop_ids for completion in completions]),
+        prompts=[list(prompt) for prompt in prompts for _ in range(n)],
+        completions=[line[:length] for line, length in zip(tokens.tolist(), lengths.tolist(), strict=True)],
+        logprobs=logprobs[:, :columns] * mask,
+        finished=finished,
+        values=None if value_head is None else values[:, :columns] * mask,
+        group_size=n,
     )
 
 
+def check_prompts(prompts: Sequence[Sequence[int]], n: int) -> None:
+    """ValueError where there is nothing to sample: no prompts, an empty one, n < 1."""
+    if not prompts or not all(prompts):
+        empty = next((row for row, prompt in enumerate(prompts) if not prompt), None)
+        raise ValueError("no prompts" if empty is None else f"prompt {empty} is empty; give at least the BOS token")
+    if n < 1:
+        raise ValueError(f"n={n}: expected 1 or more samples of each prompt")
+
+
 def _decode(
-    policy: nn.Module, prompts: Sequence[Sequence[int]], uniforms: Tensor, stop_ids: frozenset[int], temperature: float
-) -> tuple[Tensor, Tensor]:
-    """(B, T) tokens and their log-probs on the CPU; what comes after a row's stop token means nothing."""
+    policy: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    owners: Tensor,
+    uniforms: Tensor,
+    stop_ids: frozenset[int],
+    temperature: float,
+    value_head: Callable[[Tensor], Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, log-probs and values, each (B, T) on the CPU; what comes after a row's stop token means nothing.
+
+    `owners` (B,) says which prompt each row continues, `uniforms` (B, T) which numbers it draws with.
+    """
     device = device_of(policy)
-    uniforms = uniforms.to(device)
-    stops = torch.tensor(sorted(stop_ids), device=device)
-    running = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    next_logits = _cached_logits if find_route(policy).layout == "packed" else _recomputed_logits
-    step_logits = next_logits(policy, prompts)
-    logits = next(step_logits)
-    tokens, scores = [], []
+    uniforms, stops = uniforms.to(device), torch.tensor(sorted(stop_ids), device=device)
+    tokens = torch.zeros_like(uniforms, dtype=torch.long)
+    logprobs, values = torch.zeros_like(uniforms, dtype=torch.float32), torch.zeros_like(uniforms, dtype=torch.float32)
+    rows = torch.arange(len(uniforms), device=device)  # those that are still decoded
+    running = torch.ones_like(rows, dtype=torch.bool)
+    decode = _with_cache if find_route(policy).layout == "packed" else _without_cache
+    decoder = decode(policy, prompts, owners.to(device))
+    logits, states = next(decoder)
     for t in range(uniforms.shape[1]):
-        token, logprob = choose(logits, uniforms[:, t], temperature)
-        tokens.append(token)
-        scores.append(logprob)
+        token, logprob = choose(logits, uniforms[rows, t], temperature)
+        tokens[rows, t], logprobs[rows, t] = token, logprob
+        if value_head is not None:
+            values[rows, t] = value_head(states).float()
         running &= ~torch.isin(token, stops)
-        if t + 1 == uniforms.shape[1] or not running.any():
+        ended = len(rows) - int(running.sum())
+        if ended == len(rows) or t + 1 == uniforms.shape[1]:
             break
-        logits = step_logits.send(token)
-    return torch.stack(tokens, 1).cpu(), torch.stack(scores, 1).cpu()
+        kept = None
+        if ended > _ENDED_SHARE * len(rows):
+            kept = running.nonzero().squeeze(1)
+            rows, running, token = rows[kept], running[kept], token[kept]
+        logits, states = decoder.send((token, kept))
+    return tokens.cpu(), logprobs.cpu(), values.cpu()
 
 
 def choose(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Draw from softmax(logits / temperature) by inverting its cumulative sum.
+    """Draw from softmax(logits / temperature) by inverting its cumulative sum, first over blocks, then inside one.
 
     Args:
         logits: (B, V). uniform: (B,) float64 in [0, 1).
 
     Returns:
         (B,) token ids and (B,) float32 log-probs of the distribution drawn from. At temperature 0, the likeliest
-        tokens and their log-probs at temperature 1.
+        tokens and their log-probs at temperature 1. Where logits are not finite, log-probs are not either.
     """
-    logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    vocabulary = logits.shape[-1]
+    scaled = logits.float() / (temperature or 1.0)
+    highest = scaled.amax(-1, keepdim=True)
+    weights = scaled.new_zeros(len(logits), -(-vocabulary // _BLOCK) * _BLOCK)
+    torch.sub(scaled, highest, out=weights[:, :vocabulary]).exp_()
+    blocks = weights.unflatten(1, (-1, _BLOCK))
+    passed = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # after each block
+    total = passed[:, -1:]
     if temperature == 0:
-        token = logprobs.argmax(-1)
+        token = scaled.argmax(-1, keepdim=True)
     else:
-        cumulative = logprobs.double().exp().cumsum(-1)
         # The first place where the sum passes u * total. Tokens of probability 0 add nothing, so none is ever chosen.
-        token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True).squeeze(-1)
-    return token, logprobs.gather(-1, token[:, None]).squeeze(-1)
+        goal = uniform[:, None] * total
+        block = torch.searchsorted(passed, goal, right=True).clamp(max=passed.shape[1] - 1)
+        before = torch.where(block > 0, passed.gather(1, (block - 1).clamp(min=0)), 0)
+        inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1).cumsum(-1, dtype=torch.float64)
+        # A goal that rounding has put at the block's very end is pulled back inside.
+        goal = torch.minimum(goal - before, torch.nextafter(inside[:, -1:], torch.zeros_like(goal)))
+        token = block * _BLOCK + torch.searchsorted(inside, goal, right=True)
+        token = token.clamp(max=vocabulary - 1)  # a sum of NaN is never passed
+    logprob = scaled.gather(1, token) - highest - total.log()
+    return token.squeeze(1), logprob.squeeze(1).float()
 
 
-def _cached_logits(policy: nn.Module, prompts: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-    """Logits (B, V) of the next token; send the chosen (B,) tokens in. Padded on the left, so all prompts end alike."""
-    device = device_of(policy)
+# ---------------------------------------------------------------------------------------------- the next token's logits
+
+Decoder = Generator[tuple[Tensor, Tensor], tuple[Tensor, Tensor | None], None]
+"""Yields logits (B, V) of the next token and the last hidden states (B, H) that they are made of. Send in the chosen
+(B,) tokens, and which of the rows these belong to where some leave the batch (else None)."""
+
+
+def _with_cache(policy: nn.Module, prompts: Sequence[Sequence[int]], owners: Tensor) -> Decoder:
+    """Every prompt goes through the model once, then its keys and values are handed to all rows that continue it.
+
+    Prompts are padded on the left, so all end alike.
+    """
+    device = owners.device
     width = max(len(prompt) for prompt in prompts)
+    padded = min(len(prompt) for prompt in prompts) < width
     input_ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = DynamicCache(config=policy.config)
+    cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    spread = owners if len(owners) > len(prompts) else None  # until the prompts' own turn is over
     while True:
-        output = policy(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        token = yield output.logits[:, -1]
+        with _watching(policy) as states:
+            logits = policy(
+                input_ids=input_ids,
+                attention_mask=mask if padded else None,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+        state = states[-1][:, -1]
+        token, kept = yield (logits, state) if spread is None else (logits[spread], state[spread])
+        if spread is not None:
+            kept, spread = spread if kept is None else spread[kept], None
+        if kept is not None:
+            cache.batch_select_indices(kept)
+            mask, positions = mask[kept], positions[kept]
         input_ids = token[:, None]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         positions = positions[:, -1:] + 1
 
 
-def _recomputed_logits(policy: nn.Module, prompts: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-    """The same without a cache, for models of other kinds: padded on the right, everything anew at every token."""
-    device = device_of(policy)
-    sequences = [list(prompt) for prompt in prompts]
+def _without_cache(policy: nn.Module, prompts: Sequence[Sequence[int]], owners: Tensor) -> Decoder:
+    """The same for models of other kinds: padded on the right, everything anew at every token."""
+    device = owners.device
+    sequences = [list(prompts[owner]) for owner in owners.tolist()]
     while True:
         width = max(len(sequence) for sequence in sequences)
         input_ids = torch.tensor([sequence + [0] * (width - len(sequence)) for sequence in sequences], device=device)
         lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
         mask = (torch.arange(width, device=device) < lengths[:, None]).long()
-        logits = policy(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
-        token = yield logits[torch.arange(len(sequences), device=device), lengths - 1]
+        with _watching(policy) as states:
+            logits = policy(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+        last = torch.arange(len(sequences), device=device), lengths - 1
+        token, kept = yield logits[last], states[-1][last]
+        if kept is not None:
+            sequences = [sequences[row] for row in kept.tolist()]
         for sequence, new in zip(sequences, token.tolist(), strict=True):
             sequence.append(new)
+
+
+@contextlib.contextmanager
+def _watching(policy: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside, the last hidden states (B, L, H) of each forward of the policy's trunk are appended to the list."""
+    states: list[Tensor] = []
+    hook = trunk_of(policy).register_forward_hook(lambda trunk, args, output: states.append(output.last_hidden_state))
+    try:
+        yield states
+    finally:
+        hook.remove()
+
+
+class _RoomyLayer(DynamicLayer):
+    """A layer's keys and values at the front of tensors with room behind: a new token copies itself, not the past."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Append (B, heads, L, D) each; returns all so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.roomy_keys, self.roomy_values = key_states[:, :, :0], value_states[:, :, :0]
+        before = self.get_seq_length()
+        after = before + key_states.shape[-2]
+        if after > self.roomy_keys.shape[-2]:
+            self.roomy_keys = _with_room(self.roomy_keys[:, :, :before], after + _ROOM)
+            self.roomy_values = _with_room(self.roomy_values[:, :, :before], after + _ROOM)
+        self.roomy_keys[:, :, before:after] = key_states
+        self.roomy_values[:, :, before:after] = value_states
+        self.keys, self.values = self.roomy_keys[:, :, :after], self.roomy_values[:, :, :after]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if length := self.get_seq_length():
+            self.roomy_keys = self.roomy_keys.index_select(0, indices)
+            self.roomy_values = self.roomy_values.index_select(0, indices)
+            self.keys, self.values = self.roomy_keys[:, :, :length], self.roomy_values[:, :, :length]
+
+
+def _with_room(states: Tensor, length: int) -> Tensor:
+    """(B, heads, L, D) states at the front of a new (B, heads, length, D) tensor."""
+    roomy = states.new_empty(*states.shape[:2], length, states.shape[3])
+    roomy[:, :, : states.shape[2]] = states
+    return roomy
 
 
 def sampling_disagreement(generation_config: object) -> str | None:

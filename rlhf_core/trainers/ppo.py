@@ -3,17 +3,22 @@
 Each step rolls out one batch of prompts and learns from it for a few epochs:
 
     1. act      sample completions; log-probs and values under the weights that sampled them
-    2. score    one score a completion, on its last token, minus a per-token price for leaving the reference
-    3. credit   GAE, whitened over completion tokens
-    4. improve  clipped policy and value losses over shuffled minibatches
+    2. score    one score a completion: centred, scaled, clipped, and less where the end is missing
+    3. credit   the score on the last token, minus a price for leaving the reference; GAE; whitening
+    4. improve  clipped policy and value losses over shuffled minibatches, and what is mixed in: the price of KL as a
+                loss, an entropy bonus, texts to stay good at
 
-Left out here, each a later room: reward normalisation, missing-EOS penalties, early stopping, PPO-ptx.
+docs/ppo.md goes through the published implementation details one by one and says which field or function does each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+import math
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,164 +26,231 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.batch import PackedBatch
-from rlhf_core.config import ConfigError, DataConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig, require
-from rlhf_core.control import AdaptiveKL, FixedKL
-from rlhf_core.data.loader import count_steps, load_examples, step_examples
-from rlhf_core.data.tokenize import Example, stop_ids
-from rlhf_core.losses.policy import policy_loss
+from rlhf_core.config import ConfigError, DataConfig, OnPolicyConfig, OptimConfig, require
+from rlhf_core.control import AdaptiveKL, FixedKL, KLEarlyStop, LinearKL, RunningMoments
+from rlhf_core.data.loader import count_steps, load_examples, micro_batches, step_examples
+from rlhf_core.data.tokenize import Example
+from rlhf_core.losses.policy import entropy_bonus, kl_loss, policy_loss, ptx_loss
 from rlhf_core.losses.value import explained_variance, value_loss
-from rlhf_core.models.forward import PolicyOutputs, device_of, policy_outputs, token_values
-from rlhf_core.models.heads import ValueHead
-from rlhf_core.models.load import (
-    load_policy,
-    load_reference,
-    load_tokenizer,
-    load_value_model,
-    same_vocabulary,
-    save_model,
+from rlhf_core.models.forward import (
+    PolicyOutputs,
+    device_of,
+    find_route,
+    last_states,
+    policy_outputs,
+    sequence_scores,
+    summed_loss,
+    token_values,
 )
+from rlhf_core.models.heads import ValueHead
+from rlhf_core.models.load import load_tokenizer, load_value_model, same_vocabulary, save_model
 from rlhf_core.ops.advantages import gae
 from rlhf_core.ops.kl import kl_penalty
-from rlhf_core.ops.masked import masked_mean, masked_whiten
-from rlhf_core.plugins import import_function
-from rlhf_core.rollout.rewards import Reward, function_reward, load_model_reward
-from rlhf_core.rollout.sampling import Rollout, sample, sampling_disagreement
+from rlhf_core.ops.masked import masked_aggregate, masked_mean, masked_whiten
+from rlhf_core.ops.shaping import clip_scores, missing_eos_penalty, scale_scores
+from rlhf_core.rollout.rewards import Reward, Scores
+from rlhf_core.rollout.sampling import Rollout, sampling_disagreement
+from rlhf_core.rollout.steps import (
+    act,
+    evaluate_held_out,
+    load_actors,
+    recall,
+    rollout_gauges,
+    score,
+    shuffled_minibatches,
+)
 from rlhf_core.seeding import generator
 from rlhf_core.training.metrics import Averages
 from rlhf_core.training.optim import build_optimizer, optimizer_step
 from rlhf_core.training.run import Run, claim_folder
 
+RECORDED_TOLERANCE = 1e-3
+"""How far, in nats, a log-prob of the decoder may be from that of the update's own forward: 0.1 % of the ratio."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig(RunConfig):
+class PPOConfig(OnPolicyConfig):
     """Improve a policy against a reward model or a reward function, held near a reference by a KL price."""
 
-    reward_model: ModelConfig | None = None
-    """The reward model; it may have a tokenizer of its own."""
-    reward_function: str | None = None
-    """module:function, called with lists of prompts, completions and data rows; returns their scores."""
-    end_unfinished: bool = False
-    """Score a completion that was cut off as if its end token had followed, as in all that a reward model has seen."""
-    reference: ModelConfig | None = None
-    """The model that the policy is held to; the model to start from, if not given."""
-    eval_data: DataConfig | None = None
-    """Held-out prompts; their mean score and KL are logged as eval_score and eval_kl."""
-    sampling: SamplingConfig = SamplingConfig()
-    """How completions are sampled."""
     optim: OptimConfig = OptimConfig(schedule="linear", eps=1e-5)
     """The optimizer. Adam's epsilon as in OpenAI's PPO."""
-    batch_size: int = 64
-    """Prompts to a rollout."""
-    minibatch_size: int = 16
-    """Completions to an optimizer step."""
     ppo_epochs: int = 4
     """Passes over each rollout."""
-    value: Literal["head", "policy", "reward"] = "head"
-    """The critic: a head on the policy's trunk, or a trunk of its own that starts as the policy or the reward model."""
     clip: float = 0.2
     """The ratio's clipping range."""
+    value: Literal["head", "policy", "reward"] = "head"
+    """The critic: a head on the policy's trunk, or a trunk of its own that starts as the policy or the reward model."""
+    value_detach: bool = False
+    """Keep the gradient of a value head out of the policy's trunk."""
     value_clip: float | None = 0.2
     """How far a value may move from what it was; none for no limit."""
     value_coef: float = 0.1
     """Weight of the value loss."""
+    value_warmup: int = 0
+    """Steps at the start that train the critic alone; the policy and the trunk under a value head stay as they are."""
     gamma: float = 1.0
     """Discount a token."""
     lam: float = 0.95
     """GAE's lambda."""
+    whiten_rewards: bool = False
+    """Scale the tokens' rewards, the price of KL in them, to variance 1 over the rollout; their mean stays."""
+    whiten_advantages: bool = True
+    """Bring the tokens' advantages to mean 0 and variance 1 over the rollout."""
     kl_coef: float = 0.05
-    """Price of one nat of KL to the reference; where an adaptive price starts."""
+    """Price of one nat of KL to the reference; where an adaptive or a linear price starts."""
+    kl_control: Literal["adaptive", "fixed", "linear"] = "adaptive"
+    """How the price moves: steered to kl_target, not at all, or in a straight line to kl_coef_end."""
     kl_target: float | None = 6.0
-    """KL in nats a completion that the price is adapted to; none keeps the price fixed."""
+    """KL in nats a completion that an adaptive price is steered to; none keeps the price fixed."""
     kl_horizon: int = 10_000
-    """Completions over which the price adapts; smaller is quicker."""
+    """Completions over which an adaptive price moves; smaller is quicker."""
+    kl_coef_end: float = 0.0
+    """Where a linear price is at the last step."""
+    kl_in: Literal["reward", "loss", "both"] = "reward"
+    """Where KL is paid: in each token's reward, as a loss of its own, or in both, as the full KL must be to be right
+    over whole completions. Whitened advantages are scaled, a loss beside them is not."""
+    kl_estimator: Literal["k1", "k2", "k3", "abs", "full"] = "k1"
+    """How KL is measured where it is paid: from the sampled tokens (k2 is also called mse), or in full, exactly, over
+    the vocabulary. rlhf_core/ops/kl.py tells which are right where; a wrong one warns."""
+    score_center: int = 0
+    """Completions of the starting policy to sample once, before the first step: their mean is taken off every score."""
+    score_scale: Literal["none", "scale", "normalize"] = "none"
+    """Divide scores by the standard deviation of all so far; normalize takes off their mean as well."""
+    score_clip: float | None = None
+    """Hold scores between minus this and this, after they were centred and scaled."""
+    missing_eos: Literal["none", "subtract", "replace", "mask", "bootstrap"] = "none"
+    """A completion that was cut off: nothing special; its score less missing_eos_penalty, or replaced by minus that;
+    left out of the step; or credited with the critic's value of what would have followed."""
+    missing_eos_penalty: float = 1.0
+    """What a missing end costs, in units of the scores after they were centred, scaled and clipped."""
+    kl_stop: float | None = None
+    """End a rollout's updates once the policy is 1.5 times this far, in nats a token, from the one that sampled it."""
+    ratio_limit: float | None = None
+    """Skip a minibatch in which the ratio of any token exceeds this."""
+    entropy_coef: float = 0.0
+    """Weight of a bonus for entropy, in nats a token; above 0 all logits of a micro-batch are in memory at once."""
+    ptx_data: DataConfig | None = None
+    """Texts to stay good at, prompts with completions or plain; minibatch_size rows are mixed into each update."""
+    ptx_coef: float = 0.0
+    """Weight of the negative log-likelihood, a token, of the texts in ptx_data."""
+    reference_update: Literal["none", "ema", "sync"] = "none"
+    """Whether the reference stays as it is, follows as a moving average of the policy, or is made equal to it."""
+    reference_every: int = 1
+    """Steps between two updates of the reference."""
+    reference_rate: float = 0.01
+    """How far a moving average goes towards the policy at each update, 0 to 1."""
+    recorded: Literal["off", "auto", "on"] = "off"
+    """Take log-probs and values as recorded while decoding and spare a forward; off keeps the first ratio at 1.
+    They are compared with a forward once a run: where they differ, auto goes on with forwards and on is an error."""
 
     def __post_init__(self):
         super().__post_init__()
-        if (self.reward_model is None) == (self.reward_function is None):
-            raise ConfigError("reward_model, reward_function: expected one of the two")
-        require(
-            self.value != "reward" or self.reward_model is not None, "value", "reward", "a reward_model to start from"
-        )
-        require(self.sampling.temperature > 0, "sampling.temperature", self.sampling.temperature, "more than 0 in PPO")
-        for field in ("minibatch_size", "ppo_epochs", "clip", "kl_horizon"):
+        needs_model = self.value != "reward" or self.reward_model is not None
+        require(needs_model, "value", "reward", "a reward_model to start from")
+        for field in ("ppo_epochs", "clip", "kl_horizon", "reference_every"):
             require(getattr(self, field) > 0, field, getattr(self, field), "more than 0")
-        for field in ("value_clip", "kl_target"):
-            require(
-                getattr(self, field) is None or getattr(self, field) > 0, field, getattr(self, field), "more than 0"
-            )
-        for field in ("gamma", "lam"):
+        for field in ("value_clip", "kl_target", "score_clip", "kl_stop"):
+            value = getattr(self, field)
+            require(value is None or value > 0, field, value, "more than 0")
+        for field in ("gamma", "lam", "reference_rate"):
             require(0 <= getattr(self, field) <= 1, field, getattr(self, field), "between 0 and 1")
-        require(self.value_coef >= 0, "value_coef", self.value_coef, "0 or more")
-        require(self.kl_coef >= 0, "kl_coef", self.kl_coef, "0 or more")
-        require(self.kl_coef > 0 or self.kl_target is None, "kl_coef", self.kl_coef, "more than 0, to be adapted")
+        for field in ("value_coef", "value_warmup", "kl_coef", "kl_coef_end", "score_center", "missing_eos_penalty",
+                      "entropy_coef", "ptx_coef"):  # fmt: skip
+            require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
+        require(self.kl_coef > 0 or not self.adapts, "kl_coef", self.kl_coef, "more than 0, to be adapted")
+        require(not self.value_detach or self.value == "head", "value_detach", True, "value='head', which has a trunk")
+        once = self.kl_in != "both" or self.kl_estimator == "full"
+        require(once, "kl_in", "both", "kl_estimator='full': any other would be paid twice")
+        limit = self.ratio_limit
+        require(limit is None or limit > 1, "ratio_limit", limit, "more than 1, where ratios start")
+        mixes = (self.ptx_data is not None) == (self.ptx_coef > 0)
+        require(mixes, "ptx_coef", self.ptx_coef, "more than 0 with ptx_data, 0 without")
+
+    @property
+    def adapts(self) -> bool:
+        return self.kl_control == "adaptive" and self.kl_target is not None
 
 
 def train(config: PPOConfig) -> dict[str, float]:
     """Run to the end; policy and critic are saved in `config.output`. Returns the last evaluation's metrics."""
     claim_folder(config)
     torch.manual_seed(config.seed)
-    policy, tokenizer = load_policy(config.model.path, device=config.device, **config.model.options())
-    source = config.reference or config.model
-    reference = load_reference(source.path, policy_tokenizer=tokenizer, device=config.device, **source.options())
+    policy, tokenizer, reference, reward, examples, held_out = load_actors(config)
     critic = load_critic(config, policy)
-    reward = load_reward(config, tokenizer)
-    options = dict(need="prompts", model=policy, reserve=config.sampling.max_new_tokens)
-    examples = load_examples(config.data, tokenizer, **options)
-    held_out = load_examples(config.eval_data, tokenizer, **options) if config.eval_data else []
+    if config.value == "reward" and not same_vocabulary(load_tokenizer(config.reward_model.path), tokenizer):
+        raise ConfigError("value='reward': expected a reward model with the policy's own vocabulary")
+    texts = load_examples(config.ptx_data, tokenizer, need="supervised", model=policy) if config.ptx_data else []
     optimizer = build_optimizer([policy, critic], config.optim)
-    if config.kl_target is None:
-        kl_control = FixedKL(config.kl_coef)
-    else:
-        kl_control = AdaptiveKL(config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
     total_steps = count_steps(len(examples), config.batch_size, config.epochs, config.max_steps)
+    kl_control = build_kl_control(config, total_steps)
+    kl_stop = KLEarlyStop(config.kl_stop or math.inf)
+    start_scores, all_scores, recorded = RunningMoments(), RunningMoments(), Recorded(config.recorded)
+    modules = {"policy": policy, "critic": critic}
+    if config.reference_update != "none":
+        require_same_shape(reference, policy, config)
+        modules["reference"] = reference
+    size, micro_size = config.minibatch_size, config.micro_batch_size or config.minibatch_size
+    exact = config.kl_estimator == "full"
     evaluation: dict[str, float] = {}
-
-    def act(rows: list[Example], *purpose: str | int) -> tuple[Rollout, Tensor]:
-        """Sampled completions and their scores (B,)."""
-        rollout = sample(
-            policy,
-            [row.prompt for row in rows],
-            max_new_tokens=config.sampling.max_new_tokens,
-            temperature=config.sampling.temperature,
-            batch_size=config.sampling.batch_size,
-            stop_ids=stop_ids(tokenizer, policy.generation_config),
-            generator=generator(config.seed, *purpose),
-        )
-        scores = reward(rollout.prompts, rollout.completions, [row.record.row for row in rows])
-        return rollout, scores.to(device_of(policy))
 
     run = Run(
         "ppo",
         config,
         total_steps,
-        modules={"policy": policy, "critic": critic},
+        modules=modules,
         optimizer=optimizer,
-        controllers={"kl": kl_control},
+        controllers={
+            "kl": kl_control,
+            "kl_stop": kl_stop,
+            "start_scores": start_scores,
+            "all_scores": all_scores,
+            "recorded": recorded,
+        },
     )
     with run:
         if disagreement := sampling_disagreement(policy.generation_config):
             run.say(f"ppo: samples from the whole distribution, though the generation config says {disagreement}")
+        if config.score_center and start_scores.count == 0:  # else a checkpoint had them
+            measure_start(start_scores, policy, tokenizer, examples, reward, config)
         for step in run.steps():
             rows = step_examples(examples, config.batch_size, seed=config.seed, step=step)
 
-            # 1. act and 2. score. Log-probs come from the forward that the update uses, so its first ratio is 1.
-            rollout, scores = act(rows, "rollout", step)
-            mask = rollout.pack().completion_mask.to(scores.device)
-            with torch.no_grad():
-                logprobs, values = recall(rollout, config, lambda batch: forward(policy, critic, batch, config))
-                (ref_logprobs,) = recall(rollout, config, lambda batch: forward(reference, None, batch, config))
+            # 1. act and 2. score. Of what is left out here, nothing takes part in anything below.
+            head = critic if isinstance(critic, ValueHead) and recorded.wanted else None
+            rollout = act(policy, tokenizer, rows, config, "rollout", step, value_head=head)
+            scores = score(reward, rollout, rows)
+            metrics = rollout_gauges(rollout, scores)
+            rollout, paid = learnable(rollout, scores, config, start_scores, all_scores)
+            mask = rollout.pack().completion_mask.to(device_of(policy))
+            paid = paid.to(mask.device)
+            order = list(shuffled_minibatches(len(mask), size, config.ppo_epochs, seed=config.seed, step=step))
+            # Asked in the very batches of the first epoch, so that the first ratio is 1 to the last bit.
+            first_epoch = order[: math.ceil(len(mask) / size)]
+            batches = [part for minibatch in first_epoch for part in minibatch.split(micro_size)]
+            logprobs, values = behaviour(policy, critic, rollout, batches, config, recorded, run.say)
+            ref_logprobs, _ = recall(rollout, config, lambda batch: forward(reference, None, batch, config))
+            exact_kl = full_kl(policy, reference, rollout, config) if exact else None
 
             # 3. credit
-            rewards, kl = kl_penalty(scores, logprobs, ref_logprobs, mask, kl_coef=kl_control.kl_coef)
-            advantages, returns = gae(rewards, values, mask, gamma=config.gamma, lam=config.lam)
-            advantages = masked_whiten(advantages, mask)
+            kl_coef = kl_control.kl_coef
+            rewards = token_rewards(paid, logprobs, ref_logprobs, mask, exact_kl, kl_coef, config)
+            if config.whiten_rewards:
+                rewards = masked_whiten(rewards, mask, shift_mean=False)
+            bootstrap = end_values(policy, critic, rollout, config) if config.missing_eos == "bootstrap" else None
+            advantages, returns = gae(rewards, values, mask, gamma=config.gamma, lam=config.lam, bootstrap=bootstrap)
+            if config.whiten_advantages:
+                advantages = masked_whiten(advantages, mask)
 
             # 4. improve
-            averages, ratio_max = Averages(), torch.zeros((), device=mask.device)
-            for minibatch in shuffled_minibatches(len(rows), config, step):
+            warming = step <= config.value_warmup
+            kl_target = reference if exact and config.kl_in != "reward" and not warming else None
+            averages, ratio_max, updates = Averages(), torch.zeros((), device=mask.device), 0
+            for number, minibatch in enumerate(order):
                 tokens = mask[minibatch].sum()
-                for part in minibatch.split(config.micro_batch_size or len(minibatch)):
-                    new = forward(policy, critic, rollout.pack(part.tolist(), width=mask.shape[1]), config)
+                ratio, distance = torch.zeros_like(ratio_max), torch.zeros_like(ratio_max)
+                for part in minibatch.split(micro_size):
+                    batch = rollout.pack(part.tolist(), width=mask.shape[1])
+                    new = forward(policy, critic, batch, config, reference=kl_target, detach=warming)
                     policy_term, policy_stats = policy_loss(
                         new_logprobs=new.logprobs,
                         logprobs=logprobs[part],
@@ -195,29 +267,49 @@ def train(config: PPOConfig) -> dict[str, float]:
                         value_clip=config.value_clip,
                         normalizer=tokens,
                     )
-                    (policy_term + config.value_coef * value_term).backward()
-                    ratio_max = torch.maximum(ratio_max, policy_stats.pop("ratio_max"))
+                    loss = config.value_coef * value_term
+                    if not warming:
+                        loss = loss + policy_term
+                        if config.kl_in != "reward":
+                            kl_term = kl_price(new, logprobs[part], ref_logprobs[part], mask[part], tokens, config)
+                            loss = loss + kl_coef * kl_term
+                        if config.entropy_coef:
+                            weight = dict(entropy_coef=config.entropy_coef, normalizer=tokens)
+                            loss = loss + entropy_bonus(new.entropy, mask[part], **weight)[0]
+                    loss.backward()
+                    ratio = torch.maximum(ratio, policy_stats.pop("ratio_max"))
                     share = mask[part].sum() / tokens
+                    distance = distance + policy_stats["approx_kl"] * share
                     averages.add({"policy_loss": policy_term / share, "value_loss": value_term / share}, share)
                     averages.add(policy_stats | value_stats | {"entropy": masked_mean(new.entropy, mask[part])}, share)
+                ratio_max = torch.maximum(ratio_max, ratio)
+                if config.kl_stop is not None and kl_stop.stop(distance.item()):
+                    optimizer.zero_grad(set_to_none=True)
+                    break
+                if config.ratio_limit is not None and not ratio.item() <= config.ratio_limit:
+                    optimizer.zero_grad(set_to_none=True)
+                    continue
+                if texts and not warming:
+                    averages.add(mix_in(policy, texts, config, step, number))
                 averages.add(optimizer_step(optimizer, config.optim, step, total_steps))
+                updates += 1
 
-            sequence_kl = kl.sum(-1).mean().item()
-            metrics = averages.means() | {
+            sequence_kl = (logprobs - ref_logprobs if exact_kl is None else exact_kl).sum(-1).mean().item()
+            metrics |= averages.means() | {
                 "ratio_max": ratio_max.item(),
-                "score": scores.mean().item(),
-                "score_std": scores.std(correction=0).item(),
                 "kl": sequence_kl,
-                "kl_coef": kl_control.kl_coef,
+                "kl_coef": kl_coef,
                 "explained_variance": explained_variance(values, returns, mask).item(),
-                "length": mask.sum(-1).float().mean().item(),
-                "eos_rate": rollout.finished.float().mean().item(),
+                "paid_score": paid.mean().item(),
+                "skipped": len(order) - updates,
             }
-            kl_control.update(sequence_kl, len(rows))
+            kl_control.update(sequence_kl, len(mask))
             if held_out and run.evaluate_now(step):
-                evaluation = evaluate(policy, reference, config, *act(held_out, "evaluation"))
+                evaluation = evaluate_held_out(policy, reference, tokenizer, reward, held_out, config)
                 metrics |= evaluation
             run.log(step, metrics, show=("score", "kl", "entropy"))
+            if config.reference_update != "none" and step % config.reference_every == 0:
+                follow(reference, policy, 1.0 if config.reference_update == "sync" else config.reference_rate)
 
         def write(folder: Path) -> None:
             save_model(folder, policy, tokenizer)
@@ -230,26 +322,7 @@ def train(config: PPOConfig) -> dict[str, float]:
     return evaluation
 
 
-def forward(policy: nn.Module, critic: nn.Module | None, batch: PackedBatch, config: PPOConfig) -> PolicyOutputs:
-    """Log-probs and entropies of the policy and values of the critic: one forward where they share a trunk."""
-    options = dict(temperature=config.sampling.temperature, layout=config.model.layout, entropy=True)
-    if critic is None or isinstance(critic, ValueHead):
-        return policy_outputs(policy, batch, value_head=critic, **options)
-    return replace(policy_outputs(policy, batch, **options), values=token_values(critic, batch))
-
-
-def recall(rollout: Rollout, config: PPOConfig, function: Callable[[PackedBatch], PolicyOutputs]) -> list[Tensor]:
-    """Log-probs, and values if there are any, (B, T) of the whole rollout, a micro-batch at a time."""
-    outputs = [function(batch) for batch in rollout.packs(config.micro_batch_size or config.minibatch_size)]
-    logprobs = torch.cat([output.logprobs for output in outputs])
-    return [logprobs] if outputs[0].values is None else [logprobs, torch.cat([output.values for output in outputs])]
-
-
-def shuffled_minibatches(num_rows: int, config: PPOConfig, step: int) -> Iterator[Tensor]:
-    """Row numbers of each minibatch, every epoch in a new order."""
-    for epoch in range(config.ppo_epochs):
-        order = torch.randperm(num_rows, generator=generator(config.seed, "minibatches", step, epoch))
-        yield from order.split(config.minibatch_size)
+# ------------------------------------------------------------------------------------------------------ before the loop
 
 
 def load_critic(config: PPOConfig, policy: nn.Module) -> nn.Module:
@@ -259,19 +332,242 @@ def load_critic(config: PPOConfig, policy: nn.Module) -> nn.Module:
     return load_value_model(source.path, device=config.device, **source.options())
 
 
-def load_reward(config: PPOConfig, tokenizer: Any) -> Reward:
-    if config.reward_function is not None:
-        return function_reward(import_function(config.reward_function), tokenizer)
-    if config.value == "reward" and not same_vocabulary(load_tokenizer(config.reward_model.path), tokenizer):
-        raise ConfigError("value='reward': expected a reward model with the policy's own vocabulary")
-    return load_model_reward(config.reward_model, tokenizer, device=config.device, end_unfinished=config.end_unfinished)
+def build_kl_control(config: PPOConfig, total_steps: int) -> FixedKL:
+    """The price of KL. A linear one is kl_coef at the first step and kl_coef_end at the last."""
+    if config.kl_control == "linear":
+        return LinearKL(config.kl_coef, config.kl_coef_end, max(total_steps - 1, 1))
+    if config.adapts:
+        return AdaptiveKL(config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
+    return FixedKL(config.kl_coef)
+
+
+def require_same_shape(reference: nn.Module, policy: nn.Module, config: PPOConfig) -> None:
+    ours, theirs = ({name: p.shape for name, p in model.named_parameters()} for model in (policy, reference))
+    expected = "a reference of the policy's own architecture"
+    require(ours == theirs, "reference_update", config.reference_update, expected)
+
+
+def measure_start(
+    moments: RunningMoments,
+    policy: nn.Module,
+    tokenizer: Any,
+    examples: list[Example],
+    reward: Reward,
+    config: PPOConfig,
+) -> None:
+    """Take in the scores of the policy as it starts, on prompts in an order of their own."""
+    order = torch.randperm(len(examples), generator=generator(config.seed, "score_center")).tolist()
+    rows = [examples[order[i % len(order)]] for i in range(config.score_center)]
+    rollout = act(policy, tokenizer, rows, config, "score_center")
+    scores = score(reward, rollout, rows)
+    moments.update(scores.total[valid_rows(scores)])
+
+
+# -------------------------------------------------------------------------------------------------------- act and score
+
+
+def forward(
+    policy: nn.Module,
+    critic: nn.Module | None,
+    batch: PackedBatch,
+    config: PPOConfig,
+    *,
+    reference: nn.Module | None = None,
+    detach: bool = False,
+) -> PolicyOutputs:
+    """Log-probs and entropies of the policy and values of the critic: one forward where they share a trunk.
+
+    With a `reference` also the exact KL to it. `detach` keeps a value head's gradient from the trunk, as value_detach.
+    """
+    shared = critic is None or isinstance(critic, ValueHead)
+    head = critic if shared else None
+    if head is not None and (detach or config.value_detach):
+        head = lambda states: critic(states.detach())  # noqa: E731
+    outputs = policy_outputs(
+        policy,
+        batch,
+        value_head=head,
+        reference=reference,
+        temperature=config.sampling.temperature,
+        entropy=True,
+        entropy_gradient=config.entropy_coef > 0 and torch.is_grad_enabled(),
+        layout=config.model.layout,
+    )
+    return outputs if shared else replace(outputs, values=token_values(critic, batch))
+
+
+def learnable(
+    rollout: Rollout, scores: Scores, config: PPOConfig, start: RunningMoments, seen: RunningMoments
+) -> tuple[Rollout, Tensor]:
+    """The completions that a step learns from, and what the policy is paid for them: `shape_scores`.
+
+    Left out is what got no score and, under missing_eos="mask", what has no end. Raises ValueError where that is all.
+    """
+    rollout = rollout.keep(valid_rows(scores))
+    paid = shape_scores(scores.total[scores.valid], rollout.finished, config, start, seen)
+    if config.missing_eos == "mask":
+        if not rollout.finished.any():
+            raise ValueError(
+                f"missing_eos='mask': none of {len(paid)} completions ended within "
+                f"sampling.max_new_tokens={config.sampling.max_new_tokens}, so there is nothing to learn from; "
+                "expected a larger one, or another missing_eos"
+            )
+        paid, rollout = paid[rollout.finished], rollout.keep(rollout.finished.nonzero().flatten().tolist())
+    return rollout, paid
+
+
+def valid_rows(scores: Scores) -> list[int]:
+    rows = scores.valid.nonzero().flatten().tolist()
+    if not rows:
+        raise ValueError(f"the reward scored none of {len(scores.valid)} completions: there is nothing to learn from")
+    return rows
+
+
+def shape_scores(
+    scores: Tensor, finished: Tensor, config: PPOConfig, start: RunningMoments, seen: RunningMoments
+) -> Tensor:
+    """(B,) what the policy is paid for its scores: centred, scaled, clipped, and last the price of a missing end.
+
+    `start` holds the starting policy's scores (its mean is 0 where there are none). `seen` takes these in before it
+    scales them. The price of a missing end comes last, so that no clip forgives it and no moment holds it.
+    """
+    scores = scores - start.mean
+    if config.score_scale != "none":
+        seen.update(scores)
+        scores = scale_scores(scores, std=seen.std, mean=seen.mean if config.score_scale == "normalize" else 0.0)
+    if config.score_clip is not None:
+        scores = clip_scores(scores, low=-config.score_clip, high=config.score_clip)
+    if config.missing_eos in ("subtract", "replace"):
+        scores = missing_eos_penalty(scores, finished, penalty=config.missing_eos_penalty, mode=config.missing_eos)
+    return scores
+
+
+class Recorded:
+    """Whether what the decoder recorded may stand for a forward: asked once a run, and kept in its checkpoints."""
+
+    def __init__(self, choice: str):
+        self.choice, self.good = choice, False if choice == "off" else None
+
+    @property
+    def wanted(self) -> bool:
+        return self.good is not False
+
+    def state_dict(self) -> dict[str, bool | None]:
+        return {"good": self.good}
+
+    def load_state_dict(self, state: dict[str, bool | None]) -> None:
+        self.good = state["good"]
+
+
+def behaviour(
+    policy: nn.Module,
+    critic: nn.Module,
+    rollout: Rollout,
+    batches: list[Tensor],
+    config: PPOConfig,
+    recorded: Recorded,
+    say: Callable[[str], None],
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and values (B, T) under the weights that sampled: from forwards of `batches` of rows, or as recorded
+    where that was found good.
+
+    Raises ValueError where recorded="on" and the two differ.
+    """
+    if recorded.good:
+        device, values = device_of(policy), rollout.values
+        if values is None:  # a critic with a trunk of its own saw nothing of the decoding
+            with torch.no_grad():
+                packs = rollout.packs(config.micro_batch_size or config.minibatch_size)
+                values = torch.cat([token_values(critic, batch) for batch in packs])
+        return rollout.logprobs.to(device), values.to(device)
+    logprobs, values = recall(rollout, config, lambda batch: forward(policy, critic, batch, config), batches)
+    if recorded.good is None:
+        gaps = [(rollout.logprobs - logprobs.cpu()).abs().max()]
+        if rollout.values is not None:
+            gaps.append(((rollout.values - values.cpu()).abs() / values.cpu().abs().clamp(min=1)).max())
+        gap = torch.stack(gaps).max().item()
+        recorded.good = gap <= RECORDED_TOLERANCE  # no NaN is
+        if not recorded.good:
+            text = f"what was recorded while decoding is {gap:.2g} from a forward, not within {RECORDED_TOLERANCE}"
+            if recorded.choice == "on":
+                raise ValueError(f"recorded='on': {text}; expected 'off' or 'auto' for this model")
+            say(f"ppo: {text}; log-probs and values come from forwards")
+    return logprobs, values
+
+
+# ---------------------------------------------------------------------------------------------------- credit and losses
+
+
+def full_kl(policy: nn.Module, reference: nn.Module, rollout: Rollout, config: PPOConfig) -> Tensor:
+    """(B, T) KL(policy || reference) at each token, exactly, over the whole vocabulary."""
+    with torch.no_grad():
+        packs = rollout.packs(config.micro_batch_size or config.minibatch_size)
+        return torch.cat([forward(policy, None, batch, config, reference=reference).kl for batch in packs])
+
+
+def token_rewards(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    exact_kl: Tensor | None,
+    kl_coef: float,
+    config: PPOConfig,
+) -> Tensor:
+    """(B, T): the score on each completion's last token and, unless it is a loss alone, the price of KL on all."""
+    if config.kl_in == "loss":
+        return kl_penalty(scores, logprobs, ref_logprobs, mask, kl_coef=0.0)[0]
+    # The full KL as a reward is wrong alone, but not with its loss beside it.
+    quiet = warnings.catch_warnings(action="ignore") if config.kl_in == "both" else contextlib.nullcontext()
+    price = dict(kl_coef=kl_coef, estimator=config.kl_estimator, kl=exact_kl)
+    with quiet:
+        return kl_penalty(scores, logprobs, ref_logprobs, mask, **price)[0]
+
+
+def kl_price(
+    new: PolicyOutputs, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, tokens: Tensor, config: PPOConfig
+) -> Tensor:
+    """The mean KL over a minibatch's tokens as a loss, this part's share of it, with the gradient that is right for it:
+
+    of the exact KL itself, of k1 and k3 times the ratio, and of k2 as it is.
+    """
+    if config.kl_estimator == "full":
+        return masked_aggregate(new.kl, mask, normalizer=tokens)
+    behaviour = logprobs if config.kl_estimator in ("k1", "k3") else None
+    options = dict(estimator=config.kl_estimator, logprobs=behaviour, normalizer=tokens)
+    return kl_loss(new.logprobs, ref_logprobs, mask, **options)[0]
 
 
 @torch.no_grad()
-def evaluate(
-    policy: nn.Module, reference: nn.Module, config: PPOConfig, rollout: Rollout, scores: Tensor
-) -> dict[str, float]:
-    """Mean score and KL to the reference, in nats a completion, on held-out prompts."""
-    (logprobs,) = recall(rollout, config, lambda batch: forward(policy, None, batch, config))
-    (ref_logprobs,) = recall(rollout, config, lambda batch: forward(reference, None, batch, config))
-    return {"eval_score": scores.mean().item(), "eval_kl": (logprobs - ref_logprobs).sum(-1).mean().item()}
+def end_values(policy: nn.Module, critic: nn.Module, rollout: Rollout, config: PPOConfig) -> Tensor:
+    """(B,) the critic's value of the state after the last token of a completion that was cut off, 0 of the others."""
+    values = torch.zeros(len(rollout.completions), device=device_of(policy))
+    for rows in (~rollout.finished).nonzero().flatten().split(config.micro_batch_size or config.minibatch_size):
+        batch = rollout.pack(rows.tolist()).to(values.device)
+        if isinstance(critic, ValueHead):
+            values[rows] = critic(last_states(policy, batch, find_route(policy, config.model.layout)))
+        else:
+            values[rows] = sequence_scores(critic, batch)
+    return values
+
+
+def mix_in(policy: nn.Module, texts: list[Example], config: PPOConfig, step: int, number: int) -> dict[str, Tensor]:
+    """Add the gradient of ptx_coef times the mean NLL of this update's texts, which follow from step and number."""
+    most = config.ppo_epochs * math.ceil(config.batch_size / config.minibatch_size)
+    rows = step_examples(texts, config.minibatch_size, seed=config.seed, step=(step - 1) * most + number + 1)
+    batches = micro_batches(rows, config.micro_batch_size)
+    tokens = sum(batch.num_completion_tokens for batch in batches)
+    loss_of = partial(ptx_loss, ptx_coef=config.ptx_coef, normalizer=tokens)
+    total = torch.zeros((), device=device_of(policy))
+    for batch in batches:
+        loss, _ = summed_loss(policy, batch, loss_of, layout=config.model.layout)
+        loss.backward()
+        total += loss.detach()
+    return {"ptx_nll": total / config.ptx_coef}
+
+
+@torch.no_grad()
+def follow(reference: nn.Module, policy: nn.Module, rate: float) -> None:
+    """reference += rate (policy - reference), of every weight; a rate of 1 is a copy."""
+    for old, new in zip(reference.parameters(), policy.parameters(), strict=True):
+        old.lerp_(new.to(old.dtype), rate)

@@ -38,12 +38,12 @@ def models(tmp_path_factory):
     return folder
 
 
-def run(models, name: str, baseline: str, sampling=SAMPLING, seed: int = 0):
+def run(models, name: str, baseline: str, sampling=SAMPLING, seed: int = 0, function=words):
     tokenizer = load_tokenizer(models / name)
     examples = load_examples(DataConfig(path=models / "prompts.jsonl"), tokenizer, need="prompts")
     return compare(
         load_reference(models / name), load_reference(models / baseline), examples, tokenizer,
-        function_reward(words, tokenizer), sampling, seed=seed,
+        function_reward(function, tokenizer), sampling, seed=seed,
     )  # fmt: skip
 
 
@@ -124,6 +124,31 @@ def test_turned_round_the_win_rate_is_the_rest(models):
     assert one["score"] == two["baseline_score"]
 
 
+def test_a_prompt_that_one_model_gets_no_score_for_is_left_out_for_both(models):
+    _, rollouts = run(models, "one", "two")
+    tokenizer = load_tokenizer(models / "one")
+    texts = [tokenizer.batch_decode(rollout.completions, skip_special_tokens=True) for rollout in rollouts]
+    dropped = {texts[0][0], texts[1][1]}
+    kept = [i for i in range(6) if not {texts[0][i], texts[1][i]} & dropped]
+    assert 0 < len(kept) < 6
+
+    def some(prompts, completions, rows):
+        scores = words(prompts, completions, rows)
+        return [None if text in dropped else score for text, score in zip(completions, scores, strict=True)]
+
+    numbers, _ = run(models, "one", "two", function=some)
+    scores = [[0.25 + len(side[i].split()) for i in kept] for side in texts]
+    assert numbers["excluded"] == 6 - len(kept)
+    assert numbers["score"] == pytest.approx(sum(scores[0]) / len(kept))
+    assert numbers["baseline_score"] == pytest.approx(sum(scores[1]) / len(kept))
+    wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(*scores, strict=True)]
+    assert numbers["win_rate"] == pytest.approx(sum(wins) / len(kept))
+    with pytest.raises(
+        ValueError, match="no prompt of 6 has completions of both models that the reward gives a number"
+    ):
+        run(models, "one", "two", function=lambda prompts, completions, rows: [None] * len(prompts))
+
+
 # ------------------------------------------------------------------------------------------------------- rlhf evaluate
 
 
@@ -159,6 +184,31 @@ def test_evaluate_from_the_command_line_with_a_reward_model(models, tmp_path, ca
     command += ["--reward-model", tmp_path / "reward", "--sampling.max-new-tokens", 4]
     assert main([str(word) for word in command]) == 0
     assert "win_rate        0.5\n" in capsys.readouterr().out
+
+
+def test_evaluate_with_several_sources_of_reward(models, tmp_path, monkeypatch, capsys):
+    """Checked by a column of the rows and by a pattern, and counted: the sum, and the mean of each."""
+    monkeypatch.chdir(models)
+    command = ["evaluate", "--model", models / "one", "--baseline", models / "two", "--data", models / "prompts.jsonl"]
+    command += ["--reward-function", "counted_words:words", "--checker", r"numeric:more,regex:^\w{0\,4}\b"]
+    command += ["--reward-weights", "0.5,0,-3", "--output", tmp_path / "numbers.json"]
+    command += ["--sampling.max-new-tokens", 6]
+    assert main([str(word) for word in command]) == 0
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    for side in ("", "baseline_"):
+        assert numbers[f"{side}reward/numeric"] == 0  # there are no numbers in this language
+        assert 0 <= numbers[f"{side}reward/regex"] <= 1
+        by_hand = 0.5 * numbers[f"{side}reward/words"] - 3 * numbers[f"{side}reward/regex"]
+        assert numbers[f"{side}score"] == pytest.approx(by_hand)
+    assert numbers["reward/words"] > 0
+    assert numbers["excluded"] == 0
+    assert main([str(word) for word in [*command, "--checker", "numeric:mroe"]]) == 2  # weights are for three
+    command[command.index("--reward-weights") + 1] = "0.5,1"
+    assert main([str(word) for word in [*command, "--checker", "numeric:mroe"]]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(
+        "rlhf evaluate: checker numeric: sample 0: the row has no column 'mroe', only 'prompt', 'more'"
+    )
 
 
 def test_prompts_leave_room_for_the_completion(models, tmp_path, capsys):

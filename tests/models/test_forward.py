@@ -48,9 +48,9 @@ def test_logprobs_of_models_that_fall_back(make_model, twin, groups, plain, agre
 
 
 @pytest.mark.parametrize("family", ["llama", "cohere", "capped", "bloom", "gpt_oss"])
-@pytest.mark.parametrize("dft", [False, True], ids=["plain", "dft"])
+@pytest.mark.parametrize(("dft", "temperature"), [(False, 1.0), (True, 0.7)], ids=["plain", "dft"])
 def test_a_loss_summed_in_one_pass_is_the_loss_of_all_log_probs(
-    make_model, twin, groups, agree, family, dft, monkeypatch
+    make_model, twin, groups, agree, family, dft, temperature, monkeypatch
 ):
     """Over several blocks of the head or the model's own logits, and with a loss that is not linear in a log-prob."""
     monkeypatch.setattr(implementation("linear_logprobs", "torch"), "block_rows", lambda weight: 16)
@@ -61,13 +61,15 @@ def test_a_loss_summed_in_one_pass_is_the_loss_of_all_log_probs(
     found = []
 
     def in_one_pass(model):
-        total, logprobs = summed_loss(model, batch, lambda *tokens: sft_loss(*tokens, **options))
+        total, logprobs = summed_loss(
+            model, batch, lambda *tokens: sft_loss(*tokens, **options), temperature=temperature
+        )
         assert not logprobs.requires_grad
         found.append(logprobs)
         return total[None]
 
     def of_all(model):
-        logprobs = token_logprobs(model, batch)
+        logprobs = token_logprobs(model, batch, temperature=temperature)
         found.append(logprobs.detach())
         return sft_loss(logprobs, batch.completion_mask, **options)[0][None]
 
@@ -360,3 +362,64 @@ def test_sequences_do_not_see_each_other(make_model, groups, family, share):
     change = (logprobs() - before).abs().amax(-1)
     assert change[[6, 7]].min() > 1e-2
     assert change[[*range(6), 8]].max() < 1e-6
+
+
+# ------------------------------------------------------------------------------------------- the whole distribution
+
+
+@pytest.mark.parametrize(
+    ("family", "other"),
+    [
+        ("llama", "llama"), ("cohere", "cohere"), ("capped", "capped"), ("bloom", "bloom"),
+        ("llama", "granite"), ("capped", "llama"), ("llama", "bloom"),  # heads of two kinds: from their logits
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("gradient", [False, True], ids=["fused", "with entropy"])
+def test_the_exact_kl_to_a_reference(make_model, twin, groups, plain, agree, family, other, gradient):
+    """Summed over the vocabulary of plain logits, with its gradient to the policy and none to the reference."""
+    model, reference = make_model(family), make_model(other, seed=1)
+    batch = PackedBatch.pack(groups, share=True)
+    with torch.no_grad():
+        theirs = (plain.logits(twin(reference)) / 1.3).log_softmax(-1)
+
+    def exact(model):
+        ours = (plain.logits(model) / 1.3).log_softmax(-1)
+        return (ours.exp() * (ours - theirs)).sum(-1) * plain.mask
+
+    options = dict(reference=reference, temperature=1.3, entropy_gradient=gradient)
+    agree(model, lambda model: policy_outputs(model, batch, **options).kl, twin(model), exact)
+    assert all(parameter.grad is None for parameter in reference.parameters())
+    assert policy_outputs(model, batch).kl is None
+
+
+def test_the_kl_to_itself_is_nothing(make_model, groups):
+    model = make_model("llama")
+    kl = policy_outputs(model, PackedBatch.pack(groups), reference=model).kl
+    torch.testing.assert_close(kl, torch.zeros_like(kl), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "cohere", "granite", "capped", "bloom"])
+def test_entropy_with_its_gradient(make_model, twin, groups, plain, agree, family):
+    batch = PackedBatch.pack(groups, share=True)
+    model = make_model(family)
+
+    def by_hand(model):
+        logprobs = (plain.logits(model) / 1.3).log_softmax(-1)
+        return -(logprobs.exp() * logprobs).sum(-1) * plain.mask
+
+    def ours(model):
+        return policy_outputs(model, batch, temperature=1.3, entropy_gradient=True).entropy
+
+    agree(model, ours, twin(model), by_hand)
+
+
+@pytest.mark.parametrize("family", ["llama", "cohere", "capped"])
+def test_log_probs_and_values_beside_such_an_entropy(make_model, groups, family):
+    model, head = make_model(family), ValueHead(32)
+    torch.nn.init.normal_(head.linear.weight)
+    batch = PackedBatch.pack(groups)
+    plainly = policy_outputs(model, batch, value_head=head, temperature=0.7, entropy=True)
+    outputs = policy_outputs(model, batch, value_head=head, temperature=0.7, entropy_gradient=True)
+    for name in ("logprobs", "entropy", "values"):
+        torch.testing.assert_close(getattr(outputs, name), getattr(plainly, name), rtol=1e-5, atol=1e-5)
+    assert outputs.entropy.requires_grad and not plainly.entropy.requires_grad

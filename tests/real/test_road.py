@@ -144,7 +144,7 @@ def test_ppo_makes_stories_kinder(shared: Path, stories: Path, sentiment_reward,
     examples = load_examples(DataConfig(path=str(prompts).format("test")), tokenizer, need="prompts", model=policy)
     score = load_model_reward(ModelConfig(path=str(sentiment_reward[0])), tokenizer, end_unfinished=True)
     numbers, (after, before) = compare(policy, reference, examples, tokenizer, score, sampling, seed=0)
-    spread = score(before.prompts, before.completions, [{}] * len(examples)).std().item()
+    spread = score(before.prompts, before.completions, [{}] * len(examples)).total.std().item()
 
     def reference_logprob(rollout) -> float:
         """Mean log-prob a token under the reference: how much of a story it still is."""

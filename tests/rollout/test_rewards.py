@@ -42,8 +42,10 @@ def test_a_function_sees_texts_without_special_tokens_and_the_rows(tokenizer):
 
     scores = function_reward(remember, tokenizer)(PROMPTS, COMPLETIONS, ROWS)
     assert seen == [(["w5 w6", "w7"], ["w8 w9", "w10"], ROWS)]
-    assert scores.dtype == torch.float32
-    assert scores.tolist() == [1.0, 2.5]
+    assert (scores.total.dtype, scores.valid.dtype) == (torch.float32, torch.bool)
+    assert scores.total.tolist() == [1.0, 2.5]
+    assert scores.valid.tolist() == [True, True]
+    assert scores.components["remember"].tolist() == [1.0, 2.5]
 
 
 @pytest.mark.parametrize(
@@ -58,12 +60,13 @@ def test_a_function_sees_texts_without_special_tokens_and_the_rows(tokenizer):
         [np.float32(0.5), np.int64(-2)],
         [torch.tensor(0.5), -2],
         (score for score in [0.5, -2.0]),
+        {"a": 0.5, "b": -2.0}.values(),
     ],
 )
 def test_every_usual_kind_of_number(tokenizer, answer):
     scores = function_reward(lambda prompts, completions, records: answer, tokenizer)(PROMPTS, COMPLETIONS, ROWS)
-    assert scores.dtype == torch.float32
-    assert scores.tolist() == [0.5, -2.0]
+    assert scores.total.dtype == torch.float32
+    assert scores.total.tolist() == [0.5, -2.0]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +79,15 @@ def test_every_usual_kind_of_number(tokenizer, answer):
         (0.5, "reward function judge: 0.5 for 2 completions"),
         ([1.0, math.nan], "reward function judge: sample 1 got nan, .* completion begins 'w10'"),
         ([math.inf, 1.0], "reward function judge: sample 0 got inf, .* completion begins 'w8 w9'"),
-        ([1.0, None], "reward function judge: sample 1 got None"),
+        ([1.0, [0.5]], r"reward function judge: sample 1 got \[0.5\]"),
+        ([1e39, 1.0], "reward function judge: sample 0 got 1e.39, expected a finite number"),  # inf in float32
+        ([10**400, 1.0], "reward function judge: sample 0 got 1000"),
+        (torch.tensor([1j, 1.0]), r"reward function judge: sample 0 got tensor\(0.\+1.j\)"),
+        ({0: 1.0, 1: 2.0}, "reward function judge: {0: 1.0, 1: 2.0} for 2 completions"),  # its keys are no scores
+        ({1.0, 2.0}, "reward function judge: {1.0, 2.0} for 2 completions"),  # a set has no order
+        ("12", "reward function judge: '12' for 2 completions"),
+        (np.array(0.5), r"reward function judge: array\(0.5\) for 2 completions"),
+        (torch.tensor(0.5), r"reward function judge: tensor\(0.5000\) for 2 completions"),
         (["0.5", 1.0], "reward function judge: sample 0 got '0.5'"),
         ([1.0, 1j], "reward function judge: sample 1 got 1j"),
         (torch.tensor([1.0, math.nan]), r"reward function judge: sample 1 got tensor\(nan\)"),
@@ -104,9 +115,6 @@ def test_a_function_without_a_name(tokenizer):
         function_reward(Judge(), tokenizer)(PROMPTS, COMPLETIONS, ROWS)
 
 
-# ------------------------------------------------------------------------------------------------------- import by name
-
-
 # -------------------------------------------------------------------------------------------------------- reward models
 
 
@@ -130,7 +138,7 @@ def test_ids_go_as_they_are_where_the_vocabulary_is_the_same(
     monkeypatch.setattr(type(tokenizer), "decode", None)  # no text is ever made
     monkeypatch.setattr(type(tokenizer), "batch_decode", None)
     reward = model_reward(model, tokenizer, tokenizer, batch_size=batch_size, layout=layout)
-    scores = reward(prompts, completions, [{}] * len(prompts))
+    scores = reward(prompts, completions, [{}] * len(prompts)).total
     torch.testing.assert_close(scores, truth.detach(), rtol=1e-5, atol=1e-5)
     assert (scores.dtype, scores.device.type, scores.requires_grad) == (torch.float32, "cpu", False)
     assert model.training
@@ -145,7 +153,7 @@ def test_another_tokenizer_is_given_the_text(make_scorer, make_tokenizer, tokeni
     completions = [[8, 9, 2], [10, 11], [2]]
     #      w5 w6 | w8 w9 end       w7 | w10 w11, not ended       start for an empty text | nothing but the end
     translated = [([37, 36], [[34, 33, 1]]), ([35], [[32, 31]]), ([2], [[1]])]
-    scores = model_reward(model, other, tokenizer)(prompts, completions, [{}] * 3)
+    scores = model_reward(model, other, tokenizer)(prompts, completions, [{}] * 3).total
     truth = sequence_scores(model, PackedBatch.pack(translated))
     torch.testing.assert_close(scores, truth.detach(), rtol=1e-5, atol=1e-5)
 
@@ -155,7 +163,7 @@ def test_an_empty_prompt_begins_with_the_bos_of_a_tokenizer_that_has_it_first(ma
     words = ["<start>", "<end>", *(f"w{number}" for number in range(3, 41))]
     other = make_tokenizer(words, unk_token="w40", bos_token="<start>", eos_token="<end>")
     model = make_scorer().eval()
-    scores = model_reward(model, other, tokenizer)([[1]], [[3, 2]], [{}])
+    scores = model_reward(model, other, tokenizer)([[1]], [[3, 2]], [{}]).total
     truth = sequence_scores(model, PackedBatch.pack([([0], [[2, 1]])]))
     torch.testing.assert_close(scores, truth.detach(), rtol=1e-5, atol=1e-5)
 
@@ -171,7 +179,7 @@ def test_real_tokenizers_from_one_to_the_other(make_scorer, shared, stories):
     prompt, completion = source("Once upon a time")["input_ids"], source("there was a dog.")["input_ids"][1:]
     assert source.decode([*prompt, *completion]).endswith("time there was a dog.")
     completions = [completion, [*completion, 1], [*completion, 2]]
-    scores = model_reward(model, target, source)([prompt] * 3, completions, [{}] * 3)
+    scores = model_reward(model, target, source)([prompt] * 3, completions, [{}] * 3).total
     ids, end = target(" there was a dog.")["input_ids"], target.eos_token_id
     batch = PackedBatch.pack([(target("Once upon a time")["input_ids"], [ids, [*ids, end], [*ids, end]])])
     torch.testing.assert_close(scores, sequence_scores(model, batch).detach(), rtol=1e-5, atol=1e-5)
@@ -212,4 +220,4 @@ def test_a_reward_model_made_from_a_policy_shares_its_vocabulary(make_policy, ma
     save_model(tmp_path / "reward", model, reward_tokenizer)
     reward = load_model_reward(ModelConfig(path=str(tmp_path / "reward")), tokenizer, device="cpu")
     truth = sequence_scores(model.eval(), PackedBatch.pack([([5, 6], [[7, 0]])])).detach()
-    torch.testing.assert_close(reward([[5, 6]], [[7, 0]], [{}]), truth, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(reward([[5, 6]], [[7, 0]], [{}]).total, truth, rtol=1e-5, atol=1e-5)

@@ -24,14 +24,19 @@ def draw(policy, prompts, *, seed: int = 0, **options) -> Rollout:
 
 
 @torch.no_grad()
-def sample_by_hand(policy, prompts, *, max_new_tokens: int, temperature: float = 1.0, seed: int = 0):
-    """Every sequence alone, unpadded, whole at every token; the token where the running sum passes the number drawn."""
+def sample_by_hand(policy, prompts, *, n: int = 1, max_new_tokens: int, temperature: float = 1.0, seed: int = 0):
+    """Every sequence alone, unpadded, whole at every token; the token where the running sum passes the number drawn.
+
+    The numbers of all first samples are drawn before those of the second ones.
+    """
     policy.eval()
-    uniforms = torch.rand(
-        len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    generator = torch.Generator().manual_seed(seed)
+    rounds = [
+        torch.rand(len(prompts), max_new_tokens, generator=generator, dtype=torch.float64).tolist() for _ in range(n)
+    ]
+    rows = [(prompt, rounds[j][i]) for i, prompt in enumerate(prompts) for j in range(n)]
     completions, logprobs = [], []
-    for prompt, numbers in zip(prompts, uniforms.tolist(), strict=True):
+    for prompt, numbers in rows:
         sequence, line = list(prompt), []
         for number in numbers:
             logits = policy(input_ids=torch.tensor([sequence]), use_cache=False).logits[0, -1].double() / temperature

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from rlhf_core.config import OptimConfig, RunConfig, SamplingConfig
+from rlhf_core.config import OnPolicyConfig, OptimConfig, RunConfig, SamplingConfig
 from rlhf_core.demo.language import build_tokenizer
-from rlhf_core.trainers import dpo, ppo, reward, sft
+from rlhf_core.trainers import dpo, grpo, online_dpo, ppo, raft, reinforce, reward, rloo, rrhf, sft
 from rlhf_core.training.run import Interrupted, Run
 
 # Prompts and answers of different lengths, so that masks and padding matter. All words are Lumo's.
@@ -61,7 +61,7 @@ class Outcome:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+        return [{name: value for name, value in row.items() if not name.endswith("seconds")} for row in rows]
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
@@ -92,10 +92,20 @@ JOBS: dict[str, tuple[Any, Any, dict[str, Any]]] = {  # name: (module, config, t
     "ppo-head": (ppo, ppo.PPOConfig, {"value": "head"}),
     "ppo-policy": (ppo, ppo.PPOConfig, {"value": "policy"}),
     "ppo-reward": (ppo, ppo.PPOConfig, {"value": "reward"}),
+    "grpo": (grpo, grpo.GRPOConfig, {}),
+    "rloo": (rloo, rloo.RLOOConfig, {}),
+    "reinforce": (reinforce, reinforce.ReinforceConfig, {"baseline": "remax"}),
+    "online-dpo": (online_dpo, online_dpo.OnlineDPOConfig, {"minibatch_size": 12, "rollout_epochs": 1}),
+    "raft": (raft, raft.RAFTConfig, {"kl_coef": 1.0}),
+    "rrhf": (rrhf, rrhf.RRHFConfig, {}),
 }
 PPO = dict(
     minibatch_size=4, ppo_epochs=2, kl_coef=0.2, kl_horizon=20, kl_target=0.1, sampling=SamplingConfig(max_new_tokens=5)
 )
+CRITIC_FREE = dict(
+    num_generations=2, minibatch_size=4, rollout_epochs=2, kl_coef=0.2, sampling=SamplingConfig(max_new_tokens=5)
+)
+BY_CHOICE = dict(num_generations=3, minibatch_size=4, rollout_epochs=2, sampling=SamplingConfig(max_new_tokens=5))
 
 
 @pytest.fixture(scope="session")
@@ -154,8 +164,14 @@ def configure(material, tmp_path_factory) -> Callable[..., RunConfig]:
             progress=False,
             **settings,
         )
+        if issubclass(kind, OnPolicyConfig) and not {"reward_function", "judge"} & {*changes}:
+            settings |= {"reward_model": material / "reward_model"}
         if kind is ppo.PPOConfig:
-            settings |= PPO | ({} if "reward_function" in changes else {"reward_model": material / "reward_model"})
+            settings |= PPO
+        if kind in (grpo.GRPOConfig, rloo.RLOOConfig, reinforce.ReinforceConfig):
+            settings |= CRITIC_FREE
+        if job in ("online-dpo", "raft", "rrhf"):
+            settings = BY_CHOICE | settings
         return kind(**settings | changes)
 
     return build
@@ -179,6 +195,12 @@ def train(configure) -> Callable[..., Outcome]:
 def plain_run(train) -> Callable[[str], Outcome]:
     """The short run of a job with nothing changed, done once."""
     return functools.cache(train)
+
+
+@pytest.fixture(scope="session")
+def talker(train) -> Path:
+    """A policy that has learned the answers so far that it ends many of its completions by itself."""
+    return train("sft", max_steps=12, optim=OptimConfig(lr=1e-2, schedule="constant")).folder
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What holds for SFT, reward models, DPO and PPO with each of its critics alike."""
+"""What holds for every trainer alike, and for PPO with each of its critics."""
 
 import importlib
 import json
@@ -20,14 +20,20 @@ from rlhf_core.models.heads import ValueHead
 from rlhf_core.models.load import load_policy, load_reward_model
 from rlhf_core.training.run import Run
 
-JOBS = ["sft", "reward", "dpo", "ppo-head", "ppo-policy", "ppo-reward"]
+JOBS = ["sft", "reward", "dpo", "ppo-head", "ppo-policy", "ppo-reward", "grpo", "rloo", "reinforce"]
+JOBS += ["online-dpo", "raft", "rrhf"]
 DATA = {"sft": "sft", "reward": "pairs", "dpo": "pairs"}
 STEADY = OptimConfig(lr=3e-3, schedule="linear", eps=1e-3)  # as in conftest.py
 every_job = pytest.mark.parametrize("job", JOBS)
 
 
+def name_of(job: str) -> str:
+    """As the command line has it: without the kind of critic."""
+    return "ppo" if job.startswith("ppo") else job
+
+
 def trainer(job: str) -> ModuleType:
-    return importlib.import_module(f"rlhf_core.trainers.{job.partition('-')[0]}")
+    return importlib.import_module(f"rlhf_core.trainers.{name_of(job).replace('-', '_')}")
 
 
 # ------------------------------------------------------------------------------------------------------- to be resumed
@@ -154,7 +160,38 @@ OWN = {
         {"kl_target": None}, {"kl_horizon": 5}, {"sampling": {"max_new_tokens": 3}},
         {"sampling": {"max_new_tokens": 5, "temperature": 0.8}},
     ],
+    "grpo": [
+        {"num_generations": 4}, {"minibatch_size": 6}, {"rollout_epochs": 1}, {"loss": "dapo"}, {"scale": "batch"},
+        {"scale": "group"}, {"kl_coef": 0.5}, {"kl_estimator": "k1", "kl_ratio": True}, {"clip": 1e-3},
+        {"clip_high": 1e-3}, {"dual_clip": 1.21}, {"overlong_buffer": 4}, {"missing_eos_penalty": 1.0},
+        {"mask_truncated": True}, {"sampling": {"max_new_tokens": 5, "temperature": 0.8}},
+    ],
+    "rloo": [
+        {"num_generations": 4}, {"minibatch_size": 6}, {"rollout_epochs": 1}, {"kl_coef": 0.5}, {"clip": 1e-3},
+        {"missing_eos_penalty": 1.0}, {"sampling": {"max_new_tokens": 5, "temperature": 0.8}},
+    ],
+    "online-dpo": [
+        {"num_generations": 2}, {"minibatch_size": 3}, {"rollout_epochs": 2}, {"loss": "ipo"}, {"beta": 0.5},
+        {"label_smoothing": 0.3}, {"missing_eos_penalty": 2.0}, {"xpo_alpha": 0.0, "num_generations": 2},
+        {"xpo_alpha": 0.1, "num_generations": 2}, {"sampling": {"max_new_tokens": 5, "temperature": 0.8}},
+    ],
+    "raft": [
+        {"num_generations": 4}, {"minibatch_size": 3}, {"rollout_epochs": 1}, {"keep": "all", "min_score": 0.5},
+        {"min_score": 1.0}, {"kl_coef": 0.0}, {"missing_eos_penalty": 2.0},
+        {"sampling": {"max_new_tokens": 5, "temperature": 0.8}},
+    ],
+    "rrhf": [
+        {"num_generations": 4}, {"minibatch_size": 3}, {"rollout_epochs": 1}, {"loss": "plackett_luce"},
+        {"nll_coef": 0.5}, {"missing_eos_penalty": 2.0}, {"sampling": {"max_new_tokens": 5, "temperature": 0.8}},
+    ],
+    "reinforce": [
+        {"num_generations": 1}, {"minibatch_size": 6}, {"rollout_epochs": 1}, {"kl_coef": 0.5}, {"clip": 1e-3},
+        {"clip": None}, {"gamma": 0.5}, {"baseline": "none"}, {"baseline": "mean"}, {"baseline": "global"},
+        {"missing_eos_penalty": 1.0}, {"sampling": {"max_new_tokens": 5, "temperature": 0.8}},
+    ],
 }  # fmt: skip
+# Compared in steps that reach their clips; scaled by its spread, a group of two has the same advantages always.
+BOLD = {"ppo-head": dict(kl_target=0.5), "grpo": dict(scale="none"), "rloo": {}, "reinforce": {}}
 
 
 @pytest.mark.parametrize(
@@ -163,7 +200,7 @@ OWN = {
     ids=str,
 )
 def test_no_setting_is_ignored(train, plain_run, job, changes):
-    bold = dict(optim=replace(STEADY, lr=3e-2), kl_target=0.5) if job == "ppo-head" else {}  # so that clips are reached
+    bold = dict(optim=replace(STEADY, lr=3e-2)) | BOLD[job] if job in BOLD else {}
     before = train(job, **bold) if bold else plain_run(job)
     assert train(job, **bold | changes).distance(before) > 1e-6
 
@@ -174,7 +211,10 @@ def test_the_reference_and_the_data_are_those_that_were_named(train, plain_run, 
     assert not train(job, data=data).same_weights(plain_run(job))
     if job not in ("sft", "reward"):
         other = train(job, reference=plain_run("sft").folder)
-        assert not other.same_weights(plain_run(job))
+        if job == "rrhf":  # there is none in its loss, and only the KL tells
+            assert abs(other.metrics[0]["kl"]) > 1e-3
+        else:
+            assert not other.same_weights(plain_run(job))
 
 
 @pytest.mark.parametrize(
@@ -238,23 +278,34 @@ def test_ppo_leaves_its_critic(plain_run, material, job):
         assert not (outcome.folder / "value_head.safetensors").exists()
 
 
+POLICY = {"score", "score_std", "kl", "length", "eos_rate", "entropy", "policy_loss", "approx_kl", "clip_fraction",
+          "ratio_max"}  # fmt: skip
+PAIRED = {"loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logprob", "rejected_logprob"}
+PLAYED = {"score", "score_std", "kl", "length", "eos_rate", "excluded", "kept", "skipped"}
+
+
 @every_job
 def test_metrics_of_every_step_and_of_evaluations(train, material, job):
     outcome = train(job, eval_data=material / f"{DATA.get(job, 'prompts')}.jsonl", eval_every=3)
     expected = {
         "sft": {"nll", "tokens"},
         "reward": {"loss", "accuracy", "margin", "chosen_score", "rejected_score"},
-        "dpo": {"loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logprob", "rejected_logprob"},
-    }.get(job, {"score", "score_std", "kl", "kl_coef", "entropy", "explained_variance", "length", "eos_rate",
-                "policy_loss", "value_loss", "approx_kl", "clip_fraction", "ratio_max", "value_clip_fraction",
-                "value_mean"})  # fmt: skip
-    held_out = {f"eval_{name}" for name in (expected - {"tokens"} if not job.startswith("ppo") else {"score", "kl"})}
+        "dpo": PAIRED,
+        "grpo": POLICY | {"excluded", "flat_groups", "kl_loss"},
+        "rloo": POLICY | {"excluded", "flat_groups"},
+        "reinforce": POLICY | {"excluded", "greedy_score"},
+        "online-dpo": PLAYED | PAIRED | {"ties"},
+        "raft": PLAYED | {"flat_groups", "kept_score", "nll"},
+        "rrhf": PLAYED | {"flat_groups", "loss", "accuracy"},
+    }.get(job, POLICY | {"kl_coef", "explained_variance", "value_loss", "value_clip_fraction", "value_mean",
+                         "excluded", "paid_score", "skipped"})  # fmt: skip
+    held_out = {f"eval_{name}" for name in ({"score", "kl"} if "kl" in expected else expected - {"tokens"})}
     for row in outcome.metrics:
         wanted = {"step", "grad_norm", "lr"} | expected | (held_out if row["step"] in (3, 4) else set())
         assert row.keys() == wanted
         assert all(isinstance(value, int | float) for value in row.values())
     about = json.loads((outcome.folder / "run.json").read_text())
-    assert about["job"] == job.partition("-")[0]
+    assert about["job"] == name_of(job)
     assert about["total_steps"] == 4
 
 
@@ -301,7 +352,13 @@ def test_the_clip_reaches_the_weights(train, monkeypatch, job):
         return optimizer
 
     monkeypatch.setattr(module, "build_optimizer", build)
-    single = dict(max_steps=1) | (dict(minibatch_size=6, ppo_epochs=1) if job.startswith("ppo") else {})
+    single = dict(max_steps=1)
+    if job.startswith("ppo"):
+        single |= dict(minibatch_size=6, ppo_epochs=1)
+    elif job in ("grpo", "rloo", "reinforce"):
+        single |= dict(minibatch_size=12, rollout_epochs=1)
+    elif job in ("online-dpo", "raft", "rrhf"):
+        single |= dict(minibatch_size=6, rollout_epochs=1)
     schedule = dict(lr=1.0, schedule="constant")
     clipped = train(job, **single, optim=OptimConfig(max_grad_norm=1e-2, **schedule))
     whole = train(job, **single, optim=OptimConfig(max_grad_norm=None, **schedule))
@@ -317,7 +374,10 @@ def test_the_clip_reaches_the_weights(train, monkeypatch, job):
 @every_job
 def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_nothing(configure, train, monkeypatch, job):
     module = trainer(job)
-    name = {"sft": "sft_loss", "reward": "bradley_terry_loss", "dpo": "preference_loss"}.get(job, "policy_loss")
+    name = {
+        "sft": "sft_loss", "raft": "sft_loss", "reward": "bradley_terry_loss", "rrhf": "ranked_preference_loss",
+        "dpo": "preference_loss", "online-dpo": "preference_loss",
+    }.get(job, "policy_loss")  # fmt: skip
     original = getattr(module, name)
 
     def poisoned(*args, **options):

@@ -11,6 +11,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from rlhf_core.config import ConfigError, DataConfig, OptimConfig, SamplingConfig
 from rlhf_core.models.heads import ValueHead
+from rlhf_core.models.load import load_policy
+from rlhf_core.rollout import steps as rollout_steps
+from rlhf_core.rollout.steps import shuffled_minibatches
 from rlhf_core.trainers import ppo
 
 LIKES = dict(reward_function="lumo_rewards:likes")
@@ -31,7 +34,7 @@ def steps(monkeypatch) -> list[Step]:
     """Copies of the models and rollouts of each step of the run that follows."""
     recorded: list[Step] = []
     modules = []
-    build, sample = ppo.build_optimizer, ppo.sample
+    build, sample = ppo.build_optimizer, rollout_steps.sample
 
     def watch_build(models, config):
         modules.extend(models)
@@ -43,7 +46,7 @@ def steps(monkeypatch) -> list[Step]:
         return rollout
 
     monkeypatch.setattr(ppo, "build_optimizer", watch_build)
-    monkeypatch.setattr(ppo, "sample", watch_sample)
+    monkeypatch.setattr(rollout_steps, "sample", watch_sample)
     return recorded
 
 
@@ -118,6 +121,9 @@ def test_every_gauge_by_hand(train, material, steps, temperature):
         "ratio_max": 1.0,
         "kl_coef": 0.3,
         "lr": 3e-2,
+        "paid_score": sum(scores) / 10,
+        "excluded": 0,
+        "skipped": 0,
     }
     assert row.keys() == expected.keys() | {"step", "grad_norm"}
     for name, value in expected.items():
@@ -223,7 +229,10 @@ def test_every_minibatch_is_clipped_with_the_critics_gradients(train, monkeypatc
 
 def test_every_row_of_a_rollout_is_in_one_minibatch_an_epoch_and_orders_differ(configure):
     config = configure("ppo-head", ppo_epochs=3, minibatch_size=4)
-    epochs = [list(ppo.shuffled_minibatches(10, config, step)) for step in (1, 1, 2)]
+    epochs = [
+        list(shuffled_minibatches(10, config.minibatch_size, config.ppo_epochs, seed=config.seed, step=step))
+        for step in (1, 1, 2)
+    ]
     for batches in epochs:
         assert [len(batch) for batch in batches] == [4, 4, 2] * 3
         orders = [torch.cat(batches[start : start + 3]).tolist() for start in (0, 3, 6)]
@@ -234,7 +243,7 @@ def test_every_row_of_a_rollout_is_in_one_minibatch_an_epoch_and_orders_differ(c
 
 
 def test_a_critic_of_its_own_starts_as_it_was_told(configure, material):
-    policy, _ = ppo.load_policy(material / "policy")
+    policy, _ = load_policy(material / "policy")
     embedding = policy.get_input_embeddings().weight
     head = ppo.load_critic(configure("ppo-head"), policy)
     assert isinstance(head, ValueHead)
@@ -253,8 +262,10 @@ def test_prompts_leave_room_for_the_completion(configure, material, tmp_path):
     config = configure("ppo-head", **LIKES, data=tmp_path / "long.jsonl", max_steps=1)
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        original = ppo.sample
-        patch.setattr(ppo, "sample", lambda *args, **options: seen.append(original(*args, **options)) or seen[-1])
+        original = rollout_steps.sample
+        patch.setattr(
+            rollout_steps, "sample", lambda *args, **options: seen.append(original(*args, **options)) or seen[-1]
+        )
         ppo.train(config)
     longest = max(map(len, seen[0].prompts))
     assert longest == 32 - 5  # the model's context, less what is sampled

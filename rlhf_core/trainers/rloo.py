@@ -1,0 +1,153 @@
+"""RLOO, REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv:2402.14740): no critic, and no credit token by token.
+
+A completion is one action. Its reward is its score less the price of leaving the reference, and what the others of its
+prompt were paid on average is its baseline:
+
+    1. act      a group of completions for each prompt
+    2. score    R = score - kl_coef * log(policy / reference), summed over the completion's tokens
+    3. credit   A = R - mean of the other R of its group
+    4. improve  -A log policy(completion), its ratio clipped as in PPO where a rollout serves for more than one update
+
+The ratio is that of the whole completion, the product of its tokens' ratios, so `ratio_max`, `clip_fraction` and
+`approx_kl` are gauges of completions.
+
+The KL is in the reward, so a group whose scores are all equal still moves, by its price alone; `flat_groups` counts
+them. A completion that the reward gave no score (None) is in nobody's baseline and in no loss; `excluded` counts those.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rlhf_core.config import OnPolicyConfig, require
+from rlhf_core.data.loader import count_steps, step_examples
+from rlhf_core.losses.policy import policy_loss
+from rlhf_core.models.forward import device_of
+from rlhf_core.models.load import save_model
+from rlhf_core.ops.advantages import rloo_advantages
+from rlhf_core.ops.kl import kl_penalty
+from rlhf_core.ops.masked import masked_mean
+from rlhf_core.rollout.sampling import sampling_disagreement
+from rlhf_core.rollout.steps import (
+    act,
+    charge_unfinished,
+    evaluate_held_out,
+    flat_groups,
+    group_minibatches,
+    load_actors,
+    policy_forward,
+    recall,
+    rollout_gauges,
+    score,
+    sequence_kl,
+)
+from rlhf_core.training.metrics import Averages
+from rlhf_core.training.optim import build_optimizer, optimizer_step
+from rlhf_core.training.run import Run, claim_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLOOConfig(OnPolicyConfig):
+    """Improve a policy against a reward without a critic: the other completions of a prompt are the baseline."""
+
+    num_generations: int = 4
+    """Completions to a prompt, each other's baseline."""
+    batch_size: int = 16
+    """Prompts to a rollout."""
+    minibatch_size: int = 64
+    """Completions to an optimizer step, in whole groups."""
+    rollout_epochs: int = 1
+    """Passes over each rollout."""
+    kl_coef: float = 0.05
+    """Price of one nat of KL to the reference, taken from the reward."""
+    missing_eos_penalty: float = 0.0
+    """Taken from the score of a completion that was cut off."""
+    clip: float = 0.2
+    """The clipping range of a completion's ratio, for updates after a rollout's first."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.num_generations > 1, "num_generations", self.num_generations, "2 or more, to have a baseline")
+        require(
+            self.minibatch_size % self.num_generations == 0,
+            "minibatch_size",
+            self.minibatch_size,
+            f"a multiple of num_generations={self.num_generations}, because a group stays together",
+        )
+        for field in ("rollout_epochs", "clip"):
+            require(getattr(self, field) > 0, field, getattr(self, field), "more than 0")
+        for field in ("kl_coef", "missing_eos_penalty"):
+            require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
+
+
+def train(config: RLOOConfig) -> dict[str, float]:
+    """Run to the end; the policy is saved in `config.output`. Returns the last evaluation's metrics."""
+    claim_folder(config)
+    torch.manual_seed(config.seed)
+    policy, tokenizer, reference, reward, examples, held_out = load_actors(config)
+    optimizer = build_optimizer([policy], config.optim)
+    total_steps = count_steps(len(examples), config.batch_size, config.epochs, config.max_steps)
+    size, device = config.num_generations, device_of(policy)
+    whole_groups = dict(group_size=size, size=config.minibatch_size, seed=config.seed)
+    micro_size = config.micro_batch_size or config.minibatch_size
+    evaluation: dict[str, float] = {}
+
+    with Run("rloo", config, total_steps, modules={"policy": policy}, optimizer=optimizer) as run:
+        if disagreement := sampling_disagreement(policy.generation_config):
+            run.say(f"rloo: samples from the whole distribution, though the generation config says {disagreement}")
+        for step in run.steps():
+            rows = step_examples(examples, config.batch_size, seed=config.seed, step=step)
+
+            # 1. act and 2. score.
+            rollout = act(policy, tokenizer, rows, config, "rollout", step, n=size)
+            scores = score(reward, rollout, rows)
+            metrics = rollout_gauges(rollout, scores)
+            scores = charge_unfinished(scores, rollout, config.missing_eos_penalty)
+            mask, valid = rollout.pack().completion_mask.to(device), scores.valid.to(device)
+            # Asked in the very batches of the first epoch, so that the first ratio is 1 to the last bit.
+            first_epoch = group_minibatches(scores.valid, epochs=1, step=step, **whole_groups)
+            batches = [part for minibatch in first_epoch for part in minibatch.split(micro_size)] or None
+            logprobs, _ = recall(rollout, config, lambda batch: policy_forward(policy, batch, config), batches)
+            ref_logprobs, _ = recall(rollout, config, lambda batch: policy_forward(reference, batch, config), batches)
+            rewards, _ = kl_penalty(scores.total.to(device), logprobs, ref_logprobs, mask, kl_coef=config.kl_coef)
+
+            # 3. credit
+            advantages = rloo_advantages(rewards.sum(-1), group_size=size, valid=valid)
+
+            # 4. improve
+            averages, ratios = Averages(), []
+            order = group_minibatches(scores.valid, epochs=config.rollout_epochs, step=step, **whole_groups)
+            for minibatch in order:
+                tokens, loss = mask[minibatch].sum(), torch.zeros((), device=device)
+                for part in minibatch.split(micro_size):
+                    batch = rollout.pack(part.tolist(), width=mask.shape[1])
+                    new = policy_forward(policy, batch, config, entropy=True)
+                    term, stats = policy_loss(
+                        new_logprobs=new.logprobs.sum(-1, keepdim=True),
+                        logprobs=logprobs[part].sum(-1, keepdim=True),
+                        advantages=advantages[part],
+                        mask=valid[part, None],
+                        clip=config.clip,
+                        normalizer=len(minibatch),
+                    )
+                    term.backward()
+                    loss += term.detach()
+                    ratios.append(stats.pop("ratio_max"))
+                    averages.add(stats, len(part) / len(minibatch))
+                    averages.add({"entropy": masked_mean(new.entropy, mask[part])}, mask[part].sum() / tokens)
+                averages.add({"policy_loss": loss} | optimizer_step(optimizer, config.optim, step, total_steps))
+
+            metrics |= {
+                "flat_groups": int(flat_groups(scores, size).sum()),
+                "kl": sequence_kl(logprobs, ref_logprobs, mask & valid[:, None]),
+            }
+            if ratios:
+                metrics |= averages.means() | {"ratio_max": torch.stack(ratios).max().item()}
+            if held_out and run.evaluate_now(step):
+                evaluation = evaluate_held_out(policy, reference, tokenizer, reward, held_out, config)
+                metrics |= evaluation
+            run.log(step, metrics, show=("score", "kl", "entropy"))
+        run.save(lambda folder: save_model(folder, policy, tokenizer), summary=evaluation)
+    return evaluation
