@@ -1,0 +1,90 @@
+"""TRL 1.12's PPO: its own trainer and its own loop, with a wait between its iterations by way of a callback."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    TrainerCallback,
+)
+from trl.experimental.ppo import PPOConfig, PPOTrainer
+from turns import Turns
+
+
+class Wait(TrainerCallback):
+    """One turn an iteration."""
+
+    def __init__(self, turns: Turns) -> None:
+        self.turns, self.updates = turns, 0
+
+    def on_train_begin(self, args, state, control, **others) -> None:
+        self.turns.begin()
+
+    def on_step_end(self, args, state, control, **others) -> None:
+        row = state.log_history[-1]
+        self.turns.end(score=row["objective/scores"], kl=row["objective/kl"], updates=self.updates)
+        self.updates = 0
+        if state.global_step < self.turns.args.iterations:
+            self.turns.begin()
+
+
+def main() -> None:
+    turns = Turns()
+    args = turns.args
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(args.folder / "policy", dtype=torch.float32) for _ in range(2)
+    )
+    reward_model, value_model = (
+        AutoModelForSequenceClassification.from_pretrained(args.folder / name, num_labels=1, dtype=torch.float32)
+        for name in ("reward_model", "reward_model")
+    )
+    tokenizer = AutoTokenizer.from_pretrained(args.folder / "policy", padding_side="left")
+    prompts = json.loads((args.folder / "prompts.json").read_text())
+    data = Dataset.from_dict({"input_ids": prompts})
+    waiting = Wait(turns)
+    trainer = PPOTrainer(
+        args=PPOConfig(
+            output_dir=str(args.output),
+            use_cpu=True,
+            bf16=False,  # the default is True, on the CPU too; the other side is float32
+            gradient_checkpointing=False,
+            per_device_train_batch_size=args.prompts,
+            gradient_accumulation_steps=1,  # with more, accelerate makes one update an epoch of all minibatches
+            num_mini_batches=args.minibatches,
+            num_ppo_epochs=args.epochs,
+            total_episodes=args.prompts * args.iterations,
+            response_length=args.tokens,
+            stop_token="eos",
+            temperature=1.0,
+            learning_rate=1e-6,
+            lr_scheduler_type="constant",
+            num_sample_generations=0,
+            save_strategy="no",
+            report_to="none",
+        ),
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=reference,
+        reward_model=reward_model,
+        value_model=value_model,
+        train_dataset=data,
+        eval_dataset=data,
+        callbacks=[waiting],
+    )
+    step = trainer.optimizer.optimizer.step  # inside accelerate's wrapper: the updates that are really made
+
+    def counted(*arguments, **options):
+        waiting.updates += 1
+        return step(*arguments, **options)
+
+    trainer.optimizer.optimizer.step = counted
+    trainer.train()
+
+
+if __name__ == "__main__":
+    main()
