@@ -353,7 +353,8 @@ class ScoringConfig(Settings):
         super().__post_init__()
         sources = self.reward_sources()
         if not sources:
-            raise ConfigError("reward_model, reward_function, checker: expected at least one of the three")
+            fields = [name for name in ("reward_model", "reward_function", "checker", "judge") if hasattr(self, name)]
+            raise ConfigError(f"{', '.join(fields)}: expected at least one of them")
         for field, form, expected in (
             ("reward_function", r"[^:]+:[^:]+", "module:function"),
             ("checker", r".+", "names such as numeric:answer"),

@@ -216,7 +216,7 @@ def test_switches(configs):
         (["sft", *RUN, "--optim.schedule", "cosin"], "rlhf sft: optim.schedule='cosin': expected one of cosine,"),
         (["sft", *RUN[2:]], "rlhf sft: model is missing"),
         (["sft", *RUN[2:], "--model.dtype", "float32"], "rlhf sft: model.path is missing"),
-        (["ppo", *RUN], "rlhf ppo: reward_model, reward_function, checker: expected at least one of the three"),
+        (["ppo", *RUN], "rlhf ppo: reward_model, reward_function, checker: expected at least one of them"),
         (["dpo", *RUN, "--beta", "-1"], "rlhf dpo: beta=-1.0: expected more than 0"),
         (["sft", "--config", "nowhere.yaml"], "rlhf sft: config='nowhere.yaml': No such file or directory"),
     ],

@@ -175,7 +175,7 @@ def test_values_made_in_python_are_checked_as_those_of_yaml(cls):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"reward_function": None}, "reward_model, reward_function, checker: expected at least one of the three"),
+        ({"reward_function": None}, "reward_model, reward_function, checker: expected at least one of them"),
         (
             {"reward_model": "r", "reward_weights": "1"},
             "reward_weights=(1.0,): expected a number for each of reward_model",

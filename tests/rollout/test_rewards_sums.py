@@ -203,7 +203,7 @@ def test_what_no_reward_is_made_of_is_refused_before_a_model_is_loaded(functions
 
 
 def test_settings_that_are_no_reward():
-    with pytest.raises(ConfigError, match="reward_model, reward_function, checker: expected at least one of the three"):
+    with pytest.raises(ConfigError, match="reward_model, reward_function, checker: expected at least one of them"):
         Run()
     with pytest.raises(ConfigError, match=r"reward_weights=\(1.0, 2.0\): expected a number for each of a:f, exact, b"):
         Run(reward_function="a:f", checker="exact,b", reward_weights=[1, 2])

@@ -383,7 +383,7 @@ def test_settings_that_cannot_be(configure, changes, message):
 
 
 def test_something_must_rank(material):
-    with pytest.raises(ConfigError, match="reward_model, reward_function, checker: expected at least one of the three"):
+    with pytest.raises(ConfigError, match="reward_model, reward_function, checker, judge: expected at least one"):
         online_dpo.OnlineDPOConfig(model=material / "policy", data=material / "prompts.jsonl", output="nowhere")
 
 
