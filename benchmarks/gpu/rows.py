@@ -48,7 +48,7 @@ class Row:
 def compiled(function: Callable, setup: Setup) -> Callable[[], Callable]:
     def make() -> Callable:
         if setup.dry:
-            raise NotImplementedError("dry run: nothing is compiled")
+            raise RuntimeError("dry run: nothing is compiled")
         return torch.compile(function, dynamic=False)
 
     return make

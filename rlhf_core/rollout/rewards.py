@@ -248,8 +248,9 @@ def _blame(error: BaseException, function: Function, timeout: float | None, *col
 
     def one_by_one() -> None:
         nonlocal sample
-        for sample in range(len(columns[0])):  # noqa: B007
-            _ask(function, *([column[sample]] for column in columns))
+        for row in zip(*columns, strict=True):
+            _ask(function, *([value] for value in row))
+            sample += 1
 
     def trouble(error: BaseException) -> str:
         if isinstance(error, TimeIsUp):

@@ -21,8 +21,9 @@ from rlhf_core.ops.masked import masked_sum
 from rlhf_core.ops.shaping import missing_eos_penalty
 from rlhf_core.rollout.engines import sample_continuously, sample_from_server
 from rlhf_core.rollout.rewards import Reward, Scores, configured_reward
-from rlhf_core.rollout.sampling import Rollout, sample
+from rlhf_core.rollout.sampling import Rollout, sample, sampling_disagreement
 from rlhf_core.seeding import generator
+from rlhf_core.training.run import Run
 
 
 def load_reward(config: ScoringConfig, tokenizer: Any) -> Reward:
@@ -73,6 +74,12 @@ def roll_out(
         return sample_from_server(policy, tokenizer, prompts, n, sampling, **options)
     limits = dict(max_new_tokens=sampling.max_new_tokens, batch_size=sampling.batch_size)
     return sample(policy, prompts, n=n, temperature=sampling.temperature, **limits, **options)
+
+
+def say_how_it_samples(run: Run, policy: nn.Module) -> None:
+    """A line where the checkpoint's generation settings are not what `act` does."""
+    if disagreement := sampling_disagreement(policy.generation_config):
+        run.say(f"{run.job}: samples from the whole distribution, though the generation config says {disagreement}")
 
 
 def score(reward: Reward, rollout: Rollout, examples: list[Example]) -> Scores:

@@ -39,7 +39,7 @@ from rlhf_core.ops.masked import masked_mean
 from rlhf_core.ops.shaping import overlong_penalty
 from rlhf_core.plugins import import_module
 from rlhf_core.rollout.rewards import Scores
-from rlhf_core.rollout.sampling import Rollout, sampling_disagreement
+from rlhf_core.rollout.sampling import Rollout
 from rlhf_core.rollout.steps import (
     act,
     charge_unfinished,
@@ -50,6 +50,7 @@ from rlhf_core.rollout.steps import (
     policy_forward,
     recall,
     rollout_gauges,
+    say_how_it_samples,
     score,
     sequence_kl,
 )
@@ -181,8 +182,7 @@ def train(config: GRPOConfig) -> dict[str, float]:
         return rollout, score(reward, rollout, rows)
 
     with Run("grpo", config, total_steps, modules={"policy": policy}, optimizer=optimizer) as run:
-        if disagreement := sampling_disagreement(policy.generation_config):
-            run.say(f"grpo: samples from the whole distribution, though the generation config says {disagreement}")
+        say_how_it_samples(run, policy)
         for step in run.steps():
             rows = step_examples(examples, config.batch_size, seed=config.seed, step=step)
 

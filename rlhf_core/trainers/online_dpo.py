@@ -47,6 +47,7 @@ from rlhf_core.rollout.steps import (
     policy_forward,
     recall,
     rollout_gauges,
+    say_how_it_samples,
     score,
     sequence_kl,
     shuffled_minibatches,
@@ -127,6 +128,7 @@ def train(config: OnlineDPOConfig) -> dict[str, float]:
     evaluation: dict[str, float] = {}
 
     with Run("online-dpo", config, total_steps, modules={"policy": policy}, optimizer=optimizer) as run:
+        say_how_it_samples(run, policy)
         for step in run.steps():
             rows = step_examples(examples, config.batch_size, seed=config.seed, step=step)
 

@@ -49,13 +49,14 @@ from rlhf_core.ops.kl import kl_penalty
 from rlhf_core.ops.masked import masked_aggregate, masked_mean, masked_whiten
 from rlhf_core.ops.shaping import clip_scores, missing_eos_penalty, scale_scores
 from rlhf_core.rollout.rewards import Reward, Scores
-from rlhf_core.rollout.sampling import Rollout, sampling_disagreement
+from rlhf_core.rollout.sampling import Rollout
 from rlhf_core.rollout.steps import (
     act,
     evaluate_held_out,
     load_actors,
     recall,
     rollout_gauges,
+    say_how_it_samples,
     score,
     shuffled_minibatches,
 )
@@ -208,8 +209,7 @@ def train(config: PPOConfig) -> dict[str, float]:
         },
     )
     with run:
-        if disagreement := sampling_disagreement(policy.generation_config):
-            run.say(f"ppo: samples from the whole distribution, though the generation config says {disagreement}")
+        say_how_it_samples(run, policy)
         if config.score_center and start_scores.count == 0:  # else a checkpoint had them
             measure_start(start_scores, policy, tokenizer, examples, reward, config)
         for step in run.steps():
@@ -382,7 +382,10 @@ def forward(
     shared = critic is None or isinstance(critic, ValueHead)
     head = critic if shared else None
     if head is not None and (detach or config.value_detach):
-        head = lambda states: critic(states.detach())  # noqa: E731
+
+        def head(states: Tensor) -> Tensor:
+            return critic(states.detach())
+
     outputs = policy_outputs(
         policy,
         batch,

@@ -29,7 +29,6 @@ from rlhf_core.models.load import save_model
 from rlhf_core.ops.advantages import rloo_advantages
 from rlhf_core.ops.kl import kl_penalty
 from rlhf_core.ops.masked import masked_mean
-from rlhf_core.rollout.sampling import sampling_disagreement
 from rlhf_core.rollout.steps import (
     act,
     charge_unfinished,
@@ -40,6 +39,7 @@ from rlhf_core.rollout.steps import (
     policy_forward,
     recall,
     rollout_gauges,
+    say_how_it_samples,
     score,
     sequence_kl,
 )
@@ -95,8 +95,7 @@ def train(config: RLOOConfig) -> dict[str, float]:
     evaluation: dict[str, float] = {}
 
     with Run("rloo", config, total_steps, modules={"policy": policy}, optimizer=optimizer) as run:
-        if disagreement := sampling_disagreement(policy.generation_config):
-            run.say(f"rloo: samples from the whole distribution, though the generation config says {disagreement}")
+        say_how_it_samples(run, policy)
         for step in run.steps():
             rows = step_examples(examples, config.batch_size, seed=config.seed, step=step)
 

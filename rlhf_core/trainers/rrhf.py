@@ -39,6 +39,7 @@ from rlhf_core.rollout.steps import (
     policy_forward,
     recall,
     rollout_gauges,
+    say_how_it_samples,
     score,
     sequence_kl,
     shuffled_minibatches,
@@ -110,6 +111,7 @@ def train(config: RRHFConfig) -> dict[str, float]:
     evaluation: dict[str, float] = {}
 
     with Run("rrhf", config, total_steps, modules={"policy": policy}, optimizer=optimizer) as run:
+        say_how_it_samples(run, policy)
         for step in run.steps():
             rows = step_examples(examples, config.batch_size, seed=config.seed, step=step)
 
