@@ -21,7 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # prompt ids, and the ids of each completion
+# Prompt ids, and the ids of each completion; perhaps also which of each completion's tokens a loss counts (None: all).
+Group = (
+    tuple[Sequence[int], Sequence[Sequence[int]]]
+    | tuple[Sequence[int], Sequence[Sequence[int]], Sequence[Sequence[bool]] | None]
+)
 
 # A run shorter than this is attended together with others of like length: the call alone would cost more than its work.
 _SHORT_RUN = 64
@@ -77,6 +81,7 @@ class PackedBatch:
     position_ids: Tensor  # (N,)
     layout: AttentionLayout
     completion_mask: Tensor  # (B, T) bool, True = a token of the completion, its EOS included
+    loss_mask: Tensor  # (B, T) bool, True = a completion token that is learned; all are, where nothing else is said
     targets: Tensor  # (M,) completion tokens
     predict_rows: Tensor  # (M,) stream row whose hidden state predicts each target: the token before it
     last_rows: Tensor  # (B,) stream row of each completion's last token
@@ -89,21 +94,27 @@ class PackedBatch:
 
         `share=True` computes the prompt of several completions once; `False` repeats it before each of them; `"auto"`
         shares unless the prompt is so short that sharing costs more than it saves. `width` asks for T columns where
-        tensors of a larger batch must line up. Raises ValueError for an empty batch, prompt or completion: the first
-        token of a completion is predicted from the last token of its prompt (give at least the BOS token).
+        tensors of a larger batch must line up. A group may have a third part, which tokens of each completion the
+        loss counts. Raises ValueError for an empty batch, prompt or completion (the first token of a completion is
+        predicted from the last token of its prompt: give at least the BOS token), for flags that do not match their
+        completion, and for a completion with no token to learn.
         """
         if share not in (True, False, "auto"):
             raise ValueError(f"share={share!r}: expected True, False or 'auto'")
         stream, positions, spans = [], [], []
         runs: list[tuple[int, int]] = []
         branches: list[tuple[int, int, int, int]] = []
-        for number, (prompt, completions) in enumerate(groups):
+        partly: dict[int, Sequence[bool]] = {}  # of those completions that are not learned whole, their flags
+        for number, (prompt, completions, *rest) in enumerate(groups):
             if len(prompt) == 0 or len(completions) == 0 or any(len(completion) == 0 for completion in completions):
                 raise ValueError(
                     f"group {number}: {len(prompt)} prompt tokens and completions of "
                     f"{[len(completion) for completion in completions]} tokens; each needs at least one "
                     "(an empty prompt is written as its BOS token)"
                 )
+            for k, flags in enumerate(_supervised(number, completions, *rest)):
+                if flags is not None:
+                    partly[len(spans) + k] = flags
             shared = _worth_sharing(prompt, completions) if share == "auto" else bool(share)
             for k, completion in enumerate(completions):
                 if k == 0 or not shared:
@@ -130,6 +141,9 @@ class PackedBatch:
             raise ValueError(f"width={width} is less than the longest completion, {longest} tokens")
         lengths = torch.tensor([span.end - span.start for span in spans])
         completion_mask = torch.arange(width) < lengths[:, None]
+        loss_mask = completion_mask.clone() if partly else completion_mask
+        for row, flags in partly.items():
+            loss_mask[row, : len(flags)] = torch.tensor(flags, dtype=torch.bool)
         rows = torch.cat([torch.arange(span.start, span.end) for span in spans])
         predict_rows = rows - 1
         firsts = lengths.cumsum(0) - lengths  # the prompt's last token predicts a completion's first
@@ -139,6 +153,7 @@ class PackedBatch:
             position_ids=torch.cat(positions),
             layout=_attention_layout(runs, branches, len(stream)),
             completion_mask=completion_mask,
+            loss_mask=loss_mask,
             targets=input_ids[rows],
             predict_rows=predict_rows,
             last_rows=torch.tensor([span.end - 1 for span in spans]),
@@ -159,6 +174,11 @@ class PackedBatch:
     def num_completion_tokens(self) -> int:
         """M: tokens that a loss can see."""
         return self.targets.numel()
+
+    @property
+    def num_supervised_tokens(self) -> int:
+        """Those of them that it is to count."""
+        return int(self.loss_mask.sum())
 
     def scatter(self, values: Tensor) -> Tensor:
         """(M,) values of completion tokens -> (B, T), zero where there is no token."""
@@ -200,9 +220,31 @@ class PaddedBatch(NamedTuple):
     last_rows: Tensor  # (B,)
 
 
+def _supervised(
+    number: int, completions: Sequence[Sequence[int]], supervised: Sequence[Sequence[bool]] | None = None
+) -> Sequence[Sequence[bool] | None]:
+    """The flags of each completion of group `number`, checked; None for a completion that is learned whole."""
+    if supervised is None:
+        return [None] * len(completions)
+    lengths, flag_lengths = [len(completion) for completion in completions], [len(flags) for flags in supervised]
+    if flag_lengths != lengths:
+        raise ValueError(
+            f"group {number}: completions of {lengths} tokens and flags for {flag_lengths}, expected as many"
+        )
+    if not all(any(flags) for flags in supervised):
+        raise ValueError(f"group {number}: a completion has no token to learn, expected at least one")
+    return [None if all(flags) else flags for flags in supervised]
+
+
 def _worth_sharing(prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> bool:
     longest = max(len(completion) for completion in completions)
     return len(prompt) >= _SHARE_MIN_PROMPT and len(prompt) >= _SHARE_MIN_RATIO * longest
+
+
+def stream_length(prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> int:
+    """How many tokens `pack` makes of one prompt and its completions."""
+    shared = len(completions) < 2 or _worth_sharing(prompt, completions)
+    return len(prompt) * (1 if shared else len(completions)) + sum(map(len, completions))
 
 
 def _attention_layout(

@@ -25,8 +25,13 @@ from rlhf_core.config import ConfigError, alternatives, did_you_mean, from_dict
 
 JOBS = {  # name: (module, config class, function, one line)
     "sft": ("rlhf_core.trainers.sft", "SFTConfig", "train", "fine-tune on prompts with completions, or on text"),
-    "reward": ("rlhf_core.trainers.reward", "RewardConfig", "train", "train a reward model on preference pairs"),
+    "reward": ("rlhf_core.trainers.reward", "RewardConfig", "train", "train a reward model on pairs, lists or steps"),
     "dpo": ("rlhf_core.trainers.dpo", "DPOConfig", "train", "train a policy directly on preference pairs"),
+    "kto": ("rlhf_core.trainers.kto", "KTOConfig", "train", "the same on single completions, labelled good or bad"),
+    "orpo": ("rlhf_core.trainers.dpo", "ORPOConfig", "train", "preferences and fine-tuning at once, no reference"),
+    "simpo": ("rlhf_core.trainers.dpo", "SimPOConfig", "train", "DPO on mean log-probs, no reference"),
+    "cpo": ("rlhf_core.trainers.dpo", "CPOConfig", "train", "DPO against a uniform reference, and likelihood"),
+    "ipo": ("rlhf_core.trainers.dpo", "IPOConfig", "train", "DPO with a margin that is aimed at"),
     "ppo": ("rlhf_core.trainers.ppo", "PPOConfig", "train", "improve a policy against a reward"),
     "grpo": ("rlhf_core.trainers.grpo", "GRPOConfig", "train", "the same by groups of samples: GRPO, DAPO, GSPO, ..."),
     "rloo": ("rlhf_core.trainers.rloo", "RLOOConfig", "train", "the same, each completion against its prompt's others"),
@@ -36,6 +41,8 @@ JOBS = {  # name: (module, config class, function, one line)
     "rrhf": ("rlhf_core.trainers.rrhf", "RRHFConfig", "train", "rank the policy's own completions by their scores"),
     "generate": ("rlhf_core.rollout.generate", "GenerateConfig", "generate", "write a model's completions of prompts"),
     "evaluate": ("rlhf_core.evaluation.compare", "EvaluateConfig", "evaluate", "score, KL and win rate of two models"),
+    "merge": ("rlhf_core.models.merge", "MergeConfig", "merge", "fold an adapter into the weights of its model"),
+    "score": ("rlhf_core.evaluation.score", "ScoreConfig", "score", "score completions with a reward model"),
     "demo": ("rlhf_core.demo.run", "DemoConfig", "demo", "the whole road on a small invented language, in minutes"),
 }
 
@@ -56,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"rlhf: no job named {name!r}{did_you_mean(name, JOBS)}\n\n{overview()}", file=sys.stderr)
         return 2
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("rlhf_core.data").setLevel(logging.INFO)  # what was read, and how fast
     module_name, config_name, function_name, summary = JOBS[name]
     try:
         module = importlib.import_module(module_name)

@@ -11,6 +11,7 @@ import math
 import re
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,14 @@ class ConfigError(ValueError):
 def require(condition: bool, field: str, value: object, expected: str) -> None:
     if not condition:
         raise ConfigError(f"{field}={value!r}: expected {expected}")
+
+
+def require_attributes(field: str, attributes: Sequence[str] | None, expected: str, *, values: bool = False) -> None:
+    """What is written into a prompt: each NAME or NAME:VALUE (with `values`, only the latter), no name twice."""
+    form = r"[^:,\n]+(:[^:,\n]*[^:,\s])" + "?" * (not values)
+    right = all(re.fullmatch(form, one) for one in attributes or ())
+    names = [one.partition(":")[0] for one in attributes or ()]
+    require(right and len({*names}) == len(names), field, attributes, expected)
 
 
 # ---------------------------------------------------------------------------------- dictionaries (YAML) and dataclasses
@@ -171,27 +180,64 @@ class DataConfig(Settings):
     """Where the rows come from, and how they become tokens."""
 
     path: str
-    """A JSONL, JSON, parquet or CSV file (or .gz), a folder of the datasets library, or a hub name."""
+    """A JSONL, JSON, parquet or CSV file (or .gz), a folder of the datasets library, or a hub name; or several of these
+    with commas between them (\\, is a comma inside a name)."""
+    weights: tuple[float, ...] | None = None
+    """Share of each of several data sets in an epoch, such as 3,1: the one that is largest for its weight is seen once,
+    the others again and again. None: all of each, once."""
     format: str | None = None
-    """Name of the rows' format; told from their columns if not given."""
+    """Name of the rows' format; told from their columns, for each data set, if not given."""
+    formatting: str | None = None
+    """A Python function of your own, as module:function, that makes each row (a dict) one of a known format, or returns
+    None to leave it out."""
     split: str | None = None
     """Split of a hub dataset or of a datasets folder."""
     limit: int | None = None
-    """Read no more than this many rows."""
+    """Read no more than this many rows of each data set."""
     skip_bad_rows: int = 0
-    """Skip and count up to this many rows that cannot be used; one more is an error."""
+    """Skip and count up to this many rows of a data set that cannot be used; one more is an error."""
     max_length: int | None = None
-    """Longest prompt and completion together, in tokens: longer prompts are cut on the left, plain texts on the
-    right. None: the model's own."""
+    """Longest prompt and completion together, in tokens. None: the model's own."""
+    truncation: Literal["prompt", "drop", "error"] = "prompt"
+    """What becomes of a longer row: its prompt is cut on the left (plain text on the right), it is dropped and counted,
+    or it is an error."""
     chat_template: str | None = None
     """A Jinja file, or `plain`, for rows of messages where the tokenizer has no template."""
+    turns: Literal["last", "all"] = "last"
+    """What of a conversation is learned: its last assistant turn, or all of them."""
+    system: str | None = None
+    """A system prompt for conversations that have none of their own."""
+    attributes: tuple[str, ...] | None = None
+    """What the prompt says of its answer (SteerLM): names of columns with ratings, such as helpfulness,verbosity; or
+    helpfulness:4, which says that of every row."""
+    step_separator: str = "\n"
+    """What stands between the steps of an answer, in rows with a label for each step."""
+    cache: str | None = None
+    """Folder where the tokenised rows are kept, for later runs and for data larger than memory: they are written there
+    piece by piece, and read from there one at a time."""
+    preview: int = 0
+    """Show so many rows as the model will see them, with what is learned marked, and stop before training."""
 
     def __post_init__(self):
         super().__post_init__()
-        require(bool(self.path), "path", self.path, "a file, a folder or a hub name")
+        require(all(self.paths()), "path", self.path, "a file, a folder or a hub name")
+        weights = self.weights
+        require(weights is None or len(weights) == len(self.paths()), "weights", weights, "a number for each data set")
+        require(weights is None or min(weights) > 0, "weights", weights, "more than 0")
+        module_and_function = self.formatting is None or re.fullmatch(r"[^:]+:[^:]+", self.formatting)
+        require(bool(module_and_function), "formatting", self.formatting, "module:function")
+        require(self.preview >= 0, "preview", self.preview, "0 or more")
         require(self.skip_bad_rows >= 0, "skip_bad_rows", self.skip_bad_rows, "0 or more")
         require(self.limit is None or self.limit > 0, "limit", self.limit, "more than 0")
         require(self.max_length is None or self.max_length > 1, "max_length", self.max_length, "2 or more")
+        require(self.system is None or bool(self.system.strip()), "system", self.system, "a text")
+        require_attributes("attributes", self.attributes, "names of columns, or NAME:VALUE, each name once")
+        require(bool(self.step_separator), "step_separator", self.step_separator, "one character or more")
+
+    def paths(self) -> tuple[str, ...]:
+        """Each data set by itself. What exists as it is written is one, whatever commas are in its name."""
+        exists = bool(self.path) and Path(self.path).expanduser().exists()
+        return (self.path,) if exists else tuple(_split(self.path))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +271,36 @@ class OptimConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig(Settings):
+    """Train small matrices beside the model's own, which stay as they are (LoRA; needs the extra `lora`)."""
+
+    r: int = 16
+    """Rank of the update of each matrix."""
+    alpha: int = 32
+    """The update is multiplied by alpha / r."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs that is dropped in training."""
+    target_modules: tuple[str, ...] | None = None
+    """Names, or ends of names, of the modules that get an adapter, commas between them. None: every linear layer but
+    the head."""
+    modules_to_save: tuple[str, ...] | None = None
+    """Names of modules that are trained and saved whole, such as embed_tokens. A new score head always is."""
+    rslora: bool = False
+    """Multiply the update by alpha / sqrt(r), so that a large r does not weaken it (arXiv:2312.03732)."""
+    dora: bool = False
+    """Learn a length for each row of the changed matrix as well (DoRA, arXiv:2402.09353); slower."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for field in ("r", "alpha"):
+            require(getattr(self, field) > 0, field, getattr(self, field), "more than 0")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "0 <= dropout < 1")
+        for field in ("target_modules", "modules_to_save"):
+            names = getattr(self, field) or ()
+            require(all(names) and len({*names}) == len(names), field, names, "names of modules, each of them once")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingConfig(Settings):
     """How completions are sampled: from the whole distribution, no top-k and no top-p."""
 
@@ -237,6 +313,9 @@ class SamplingConfig(Settings):
     engine: Literal["builtin", "continuous", "server"] = "builtin"
     """Who decodes: this library, transformers' continuous batching, or a server with OpenAI's protocol such as vLLM.
     Only with the first the same seed always gives the same samples."""
+    kv_cache: Literal["dynamic", "static"] = "dynamic"
+    """Where the built-in engine keeps keys and values: in room that grows and that rows leave when they end, or in
+    that of the longest completion from the start, of one shape throughout, as CUDA graphs need."""
     server_url: str | None = None
     """Where the server is, as http://localhost:8000; its /v1/completions must take and give token ids."""
     server_model: str | None = None
@@ -258,6 +337,8 @@ class SamplingConfig(Settings):
         require(self.batch_size > 0, "batch_size", self.batch_size, "more than 0")
         require(self.server_timeout > 0, "server_timeout", self.server_timeout, "more than 0")
         require(self.server_retries >= 0, "server_retries", self.server_retries, "0 or more")
+        own = self.kv_cache == "dynamic" or self.engine == "builtin"
+        require(own, "kv_cache", self.kv_cache, f"dynamic, because engine={self.engine!r} has a cache of its own")
         for field in ("server_url", "server_model", "server_weights", "server_refresh"):
             value = getattr(self, field)
             require(value is None or self.engine == "server", field, value, "engine='server' beside it")
@@ -280,12 +361,23 @@ class RunConfig(Settings):
     """Folder for the trained model, metrics, settings and checkpoints."""
     optim: OptimConfig = OptimConfig()
     """The optimizer."""
+    lora: LoraConfig | None = None
+    """Train adapters instead of the whole model; any of these settings switches them on."""
+    quantize: Literal["none", "8bit", "4bit"] = "none"
+    """Hold the weights that are not trained in 8 or 4 bits, for lora or an adapter's folder (needs the extra
+    `quantize`)."""
     batch_size: int = 16
     """Rows of data to an optimizer step."""
     micro_batch_size: int | None = None
     """Rows that go through the model at once; memory grows with it, results do not change. None: batch_size."""
+    micro_batch_tokens: int | None = None
+    """Tokens that go through the model at once: rows are put together so that they fill it (best fit, the longest
+    first). A longer row goes alone. Results do not change."""
     epochs: float = 1.0
     """Passes over the data."""
+    max_tokens_per_batch: int | None = None
+    """End an optimizer step's rows before they have more tokens than this together; a longer row is a step alone.
+    batch_size still limits their number."""
     max_steps: int | None = None
     """Stop after this many steps, whatever epochs says."""
     seed: int = 0
@@ -304,6 +396,9 @@ class RunConfig(Settings):
     """How many of the newest checkpoints stay."""
     eval_every: int = 0
     """Steps between evaluations on eval_data; 0 evaluates once, at the end."""
+    keep_best: str | None = None
+    """Name of a gauge of eval_data, such as eval_accuracy: the model that was best by it is kept in output/best.
+    More is better, but for a name with loss, nll, kl, error or perplexity in it."""
     tensorboard: bool = False
     """Also write TensorBoard files (needs the extra `tensorboard`)."""
     progress: bool = True
@@ -314,12 +409,17 @@ class RunConfig(Settings):
         require(bool(self.output), "output", self.output, "a folder")
         for field in ("batch_size", "epochs", "keep_checkpoints"):
             require(getattr(self, field) > 0, field, getattr(self, field), "more than 0")
-        for field in ("micro_batch_size", "max_steps"):
+        for field in ("micro_batch_size", "micro_batch_tokens", "max_tokens_per_batch", "max_steps"):
             value = getattr(self, field)
             require(value is None or value > 0, field, value, "more than 0")
         for field in ("save_every", "eval_every"):
             require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 <= seed < 2^63")
+        if self.keep_best is not None:
+            best = self.keep_best
+            require(best.startswith("eval_"), "keep_best", best, "a gauge of the evaluation, such as eval_loss")
+            given = getattr(self, "eval_data", None) is not None and self.eval_every > 0
+            require(given, "keep_best", best, "eval_data, and eval_every more than 0, to find the best by")
         require(
             not (self.resume and self.overwrite),
             "overwrite",
@@ -346,6 +446,8 @@ class ScoringConfig(Settings):
     logs it; none: 1 each."""
     reward_timeout: float | None = 600.0
     """Seconds that a function or checker may take to score one batch; none waits for ever."""
+    reward_lcb: float = 0.0
+    """With an ensemble as the reward model: so many standard deviations of its members are taken off their mean."""
     end_unfinished: bool = False
     """Score a completion that was cut off as if its end token had followed, as in all that a reward model has seen."""
 
@@ -368,6 +470,7 @@ class ScoringConfig(Settings):
             require(any(self.reward_weights), "reward_weights", self.reward_weights, "at least one that is not 0")
         timeout = self.reward_timeout
         require(timeout is None or timeout > 0, "reward_timeout", timeout, "more than 0, or none")
+        require(self.reward_lcb >= 0, "reward_lcb", self.reward_lcb, "0 or more")
 
     def reward_sources(self) -> tuple[str, ...]:
         """What scores, as it was given, in the order of the weights."""
@@ -393,8 +496,38 @@ class OnPolicyConfig(ScoringConfig, RunConfig):
     def __post_init__(self):
         super().__post_init__()
         require(self.minibatch_size > 0, "minibatch_size", self.minibatch_size, "more than 0")
+        for field in ("micro_batch_tokens", "max_tokens_per_batch"):
+            value = getattr(self, field)
+            require(value is None, field, value, "none: rollouts go by batch_size, minibatch_size and micro_batch_size")
         stale = self.sampling.engine == "server" and self.sampling.server_refresh is None
         require(not stale, "sampling.server_refresh", None, "how the server gets the weights that training changes")
+        plain = self.sampling.engine != "server" or self.quantize == "none"
+        require(plain, "quantize", self.quantize, "none with engine='server', which is given plain weights")
+        dropout = 0.0 if self.lora is None else self.lora.dropout
+        require(dropout == 0, "lora.dropout", dropout, "0: log-probs of two forwards are compared, which must agree")
         require(
             self.sampling.temperature > 0, "sampling.temperature", self.sampling.temperature, "more than 0, to learn"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyGradientConfig(OnPolicyConfig):
+    """What every job has whose loss holds the policy to the one that sampled, by the ratio of their log-probs."""
+
+    recorded: Literal["off", "auto", "on"] = "off"
+    """Take log-probs, and a value head's values, as recorded while decoding and spare a forward; off keeps the first
+    ratio at 1. They are compared with a forward once a run: where they differ, auto goes on with forwards and on is an
+    error. Where a forward is needed anyway, for the exact KL, or is the update's own, nothing is spared."""
+    importance: Literal["none", "token", "sequence"] = "none"
+    """Weigh each token's loss by how much likelier our own forward finds it than the engine that sampled it did, or all
+    of a completion's by that of the whole: for engines whose numbers are not quite ours, such as a server's."""
+    importance_max: float = 3.0
+    """Where such a weight is cut off."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.importance_max > 1, "importance_max", self.importance_max, "more than 1, where weights start")
+        weighs = self.importance != "none" and self.recorded != "off"
+        require(not weighs, "importance", self.importance, "none with recorded, whose ratios are to the engine's own")
+        asks = getattr(self, "kl_estimator", None) == "full"
+        require(self.recorded != "on" or not asks, "recorded", "on", "off or auto: kl_estimator='full' needs a forward")

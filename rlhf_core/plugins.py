@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,3 +33,15 @@ def import_function(name: str) -> Callable[..., Any]:
     if not callable(function):
         raise ValueError(f"{name!r}: {module_name} has no function {function_name}")
     return function
+
+
+def fingerprint_function(name: str) -> str:
+    """sha256 of the file that such a function is written in, and its name. ValueError where there is no such file."""
+    function = import_function(name)
+    try:
+        file = inspect.getsourcefile(function)
+    except TypeError:  # built in, or an object that can be called
+        file = inspect.getsourcefile(type(function)) if type(function).__module__ != "builtins" else None
+    if file is None:
+        raise ValueError(f"{name!r}: its source is not to be found, so nobody can tell when it changes")
+    return f"{name} {hashlib.sha256(Path(file).read_bytes()).hexdigest()}"

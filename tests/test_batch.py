@@ -177,6 +177,73 @@ def test_scatter_puts_values_where_the_mask_is(shapes: list[Shape], share: bool 
     assert values.grad.tolist() == [3.0] * batch.num_completion_tokens
 
 
+# ------------------------------------------------------------------------------------------------------ what is learned
+
+
+@st.composite
+def flagged(draw) -> tuple[list[Shape], list[list[list[bool]] | None]]:
+    """Shapes, and for each group None or flags that leave every completion something to learn."""
+    chosen = draw(shapes)
+
+    def some(length: int) -> st.SearchStrategy[list[bool]]:
+        return st.lists(st.booleans(), min_size=length, max_size=length).filter(any)
+
+    return chosen, [draw(st.none() | st.tuples(*map(some, completions)).map(list)) for _, completions in chosen]
+
+
+@given(flagged(), shares, st.integers(0, 5))
+@settings(deadline=None, max_examples=50)
+def test_the_loss_mask_holds_each_flag_where_its_token_is(case, share: bool | str, extra: int):
+    """Of the stream and of its padded rows alike: their tokens, put in their slots, are flagged one by one."""
+    shapes, flags = case
+    groups = groups_of(shapes)
+    width = max(max(completions) for _, completions in shapes) + extra
+    triples = [(prompt, completions, marks) for (prompt, completions), marks in zip(groups, flags, strict=True)]
+    batch = PackedBatch.pack(triples, share=share, width=width)
+    learned = {
+        token
+        for (_, completions), marks in zip(groups, flags, strict=True)
+        for k, completion in enumerate(completions)
+        for place, token in enumerate(completion)
+        if marks is None or marks[k][place]
+    }
+    assert batch.loss_mask.dtype == torch.bool and batch.loss_mask.shape == batch.completion_mask.shape
+    assert batch.num_supervised_tokens == len(learned)
+    padded = batch.padded()
+    for targets in (batch.targets, padded.input_ids.flatten()[padded.predict_rows + 1]):
+        assert {*batch.scatter(targets)[batch.loss_mask].tolist()} == learned
+    # All but the loss mask is as without flags.
+    plain = PackedBatch.pack(groups, share=share, width=width)
+    assert torch.equal(plain.loss_mask, plain.completion_mask) and torch.equal(batch.completion_mask, plain.loss_mask)
+    for ours, theirs in zip(
+        tensors_of(batch), tensors_of(dataclasses.replace(plain, loss_mask=batch.loss_mask)), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_flags_of_a_shared_prompt_by_hand():
+    """Of A A A the last two, of B B all: five places, of which one is not learned."""
+    prompt = list(range(20))
+    batch = PackedBatch.pack([(prompt, [[30, 31, 32], [40, 41]], [[False, True, True], [True, True]])], share=True)
+    assert batch.loss_mask.int().tolist() == [[0, 1, 1], [1, 1, 0]]
+    assert batch.completion_mask.int().tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert (batch.num_completion_tokens, batch.num_supervised_tokens) == (5, 4)
+    assert batch.to("meta").loss_mask.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([[True]], r"group 1: completions of \[2, 1\] tokens and flags for \[1\], expected as many"),
+        ([[True], [True]], r"group 1: completions of \[2, 1\] tokens and flags for \[1, 1\], expected as many"),
+        ([[True, True], [False]], "group 1: a completion has no token to learn"),
+    ],
+)
+def test_flags_that_do_not_fit_are_an_error(flags, message: str):
+    with pytest.raises(ValueError, match=message):
+        PackedBatch.pack([([1], [[2]]), ([3], [[4, 5], [6]], flags)])
+
+
 # -------------------------------------------------------------------------------------------------------------- sharing
 
 

@@ -8,12 +8,24 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf_core.config import ConfigError, DataConfig, ModelConfig, OptimConfig, alternatives, from_dict, to_dict
+from rlhf_core.config import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    OnPolicyConfig,
+    OptimConfig,
+    alternatives,
+    from_dict,
+    to_dict,
+)
 from rlhf_core.demo.run import DemoConfig
 from rlhf_core.evaluation.compare import EvaluateConfig
+from rlhf_core.evaluation.score import ScoreConfig
+from rlhf_core.models.merge import MergeConfig
 from rlhf_core.rollout.generate import GenerateConfig
-from rlhf_core.trainers.dpo import DPOConfig
+from rlhf_core.trainers.dpo import CPOConfig, DPOConfig, IPOConfig, ORPOConfig, SimPOConfig
 from rlhf_core.trainers.grpo import GRPOConfig
+from rlhf_core.trainers.kto import KTOConfig
 from rlhf_core.trainers.ppo import PPOConfig
 from rlhf_core.trainers.reinforce import ReinforceConfig
 from rlhf_core.trainers.reward import RewardConfig
@@ -25,15 +37,32 @@ LEAST = {  # the least that each config takes
     SFTConfig: RUN,
     RewardConfig: RUN,
     DPOConfig: RUN,
+    IPOConfig: RUN,
+    ORPOConfig: RUN,
+    SimPOConfig: RUN,
+    CPOConfig: RUN,
+    KTOConfig: RUN,
     PPOConfig: RUN | {"reward_function": "module:function"},
     GRPOConfig: RUN | {"reward_function": "module:function"},
     RLOOConfig: RUN | {"reward_function": "module:function"},
     ReinforceConfig: RUN | {"reward_function": "module:function"},
     GenerateConfig: {"model": "m", "prompt": "Once"},
+    ScoreConfig: {"model": "m", "data": "d.jsonl"},
+    MergeConfig: {"model": "m", "output": "o"},
     EvaluateConfig: {"model": "m", "baseline": "b", "data": "d.jsonl", "reward_function": "module:function"},
     DemoConfig: {},
 }
-TRAINERS = [SFTConfig, RewardConfig, DPOConfig, PPOConfig, GRPOConfig, RLOOConfig, ReinforceConfig]
+TRAINERS = [
+    SFTConfig,
+    RewardConfig,
+    DPOConfig,
+    SimPOConfig,
+    KTOConfig,
+    PPOConfig,
+    GRPOConfig,
+    RLOOConfig,
+    ReinforceConfig,
+]
 every_config = pytest.mark.parametrize("cls", LEAST, ids=lambda cls: cls.__name__)
 
 
@@ -53,7 +82,7 @@ def nested(name: str, value: object) -> dict:
     group, _, rest = name.partition(".")
     if not rest:
         return {name: value}
-    path = {} if group in ("optim", "sampling") else {"path": "p"}
+    path = {} if group in ("optim", "sampling", "lora") else {"path": "p"}
     return {group: path | {rest: value}}
 
 
@@ -64,6 +93,15 @@ BAD = {
     "output": [""],
     "batch_size": [0, -1],
     "micro_batch_size": [0],
+    "lora.r": [0, -1],
+    "lora.alpha": [0, -1],
+    "lora.dropout": [-0.1, 1.0, math.nan],
+    "lora.target_modules": [["a", "a"], [""]],
+    "lora.modules_to_save": [["a", "a"], [""]],
+    "quantize": ["2bit"],
+    "tolerance": [0, -1, *INFINITE],
+    "micro_batch_tokens": [0],
+    "max_tokens_per_batch": [0],
     "epochs": [0, -0.5, *INFINITE],
     "max_steps": [0],
     "seed": [-1, 2**63],
@@ -82,10 +120,27 @@ BAD = {
     "sampling.temperature": [-1, *INFINITE],
     "sampling.batch_size": [0],
     "sampling.engine": ["vllm"],
+    "sampling.kv_cache": ["paged"],
     "sampling.server_timeout": [0, -1, *INFINITE],
     "sampling.server_retries": [-1],
     "center_coef": [-0.1, math.nan],
+    "learn_from": ["pair"],
+    "attributes": [["a"], ["a:1", "a:2"]],
+    "ensemble": [0, -1],
+    "neftune_alpha": [-1, *INFINITE],
+    "router_aux_coef": [-0.1, *INFINITE],
+    "reward_lcb": [-0.1, *INFINITE],
+    "name": [" "],
+    "combine": ["mean"],
     "loss": ["sigmoide"],
+    "loss_weights": [[0.0], [1.0, 2.0]],
+    "loss_options": ["nothing:1", "tau"],
+    "desirable_weight": [0, *INFINITE],
+    "undesirable_weight": [0, *INFINITE],
+    "f_divergence": ["kl"],
+    "f_alpha": INFINITE,
+    "ld_alpha": [-0.1, 1.1],
+    "keep_best": ["loss", "eval_loss"],
     "cache_reference": ["sometimes"],
     "beta": [0, -1, *INFINITE],
     "label_smoothing": [-0.1, 0.5],
@@ -116,6 +171,8 @@ BAD = {
     "reference_every": [0],
     "reference_rate": [-0.1, 1.1],
     "recorded": ["always"],
+    "importance": ["words"],
+    "importance_max": [1, 0, *INFINITE],
     "num_generations": [0],
     "rollout_epochs": [0],
     "missing_eos_penalty": [-0.1, math.nan],
@@ -139,10 +196,13 @@ BAD = {
     for name, values in {
         **({"path": [""], "dtype": ["half"], "layout": ["sparse"]} if "data" not in group else {}),
         **({"path": [""], "skip_bad_rows": [-1], "limit": [0], "max_length": [1]} if "data" in group else {}),
+        **({"truncation": ["right"], "preview": [-1], "weights": [[0.0], [1.0, 2.0]]} if "data" in group else {}),
+        **({"formatting": ["module", "module:"], "turns": ["first"], "system": [" "]} if "data" in group else {}),
+        **({"attributes": [["a", "a:1"], ["a:"]], "step_separator": [""]} if "data" in group else {}),
     }.items()
 }  # fmt: skip
 ANY_VALUE = {(GenerateConfig, "seed"), (EvaluateConfig, "seed"), (DemoConfig, "seed")}  # nothing is wrong for these
-ANY_VALUE |= {(GenerateConfig, "output"), (EvaluateConfig, "output"), (DemoConfig, "output")}
+ANY_VALUE |= {(GenerateConfig, "output"), (EvaluateConfig, "output"), (DemoConfig, "output"), (ScoreConfig, "output")}
 
 
 @every_config
@@ -341,20 +401,40 @@ def test_a_group_that_may_be_left_out_can_be_switched_off_again():
 # ------------------------------------------------------------------------------------------------------- there and back
 
 TOGETHER = {  # settings that exclude one another, and names that must exist
-    SFTConfig: {"overwrite": False},
-    RewardConfig: {"overwrite": False},
-    DPOConfig: {"overwrite": False, "loss": "sigmoid", "loss_module": "math"},
+    SFTConfig: {"overwrite": False, "label_smoothing": 0},
+    RewardConfig: {"overwrite": False, "learn_from": "pairs"},
+    DPOConfig: {"overwrite": False, "loss": "r_dpo", "loss_options": {"length_coef": 0.5}, "loss_module": "math",
+                "reference_free": False},
+    IPOConfig: {"overwrite": False, "loss": "ipo,r_dpo", "loss_options": {"length_coef": 0.5}, "loss_module": "math",
+                "reference_free": False, "loss_weights": [1, 2], "label_smoothing": 0},
+    **{kind: {"overwrite": False, "loss": "simpo,alphapo", "loss_options": ["gamma:0.5"], "loss_module": "math",
+              "loss_weights": [1, 2], "f_divergence": "reverse_kl", "ld_alpha": None, "reference": None,
+              "reference_update": "none", "reference_cache": None} for kind in (ORPOConfig, SimPOConfig, CPOConfig)},
+    KTOConfig: {"overwrite": False, "loss": "bco", "loss_options": {"delta": 0.5}, "loss_module": "math"},
     PPOConfig: {"overwrite": False, "reward_function": None, "reward_weights": [0.5, -1], "ratio_limit": 2.5,
-                "value_detach": False},
+                "value_detach": False, "recorded": "off"},
     GRPOConfig: {"overwrite": False, "reward_function": None, "reward_weights": [0.5, -1], "loss": "dapo",
                  "loss_module": "math", "minibatch_size": 63, "dual_clip": 2, "ratio_max": None,
-                 "temperature_pos": None, "temperature_neg": None},
-    RLOOConfig: {"overwrite": False, "reward_function": None, "reward_weights": [0.5, -1]},
-    ReinforceConfig: {"overwrite": False, "reward_function": None, "reward_weights": [0.5, -1], "minibatch_size": 66},
-    GenerateConfig: {"prompt": None},
+                 "temperature_pos": None, "temperature_neg": None, "importance": "none"},
+    RLOOConfig: {"overwrite": False, "reward_function": None, "reward_weights": [0.5, -1], "recorded": "off"},
+    ReinforceConfig: {"overwrite": False, "reward_function": None, "reward_weights": [0.5, -1], "minibatch_size": 66,
+                      "recorded": "off"},
+    GenerateConfig: {"prompt": None, "attributes": None},
+    ScoreConfig: {},
+    MergeConfig: {},
     EvaluateConfig: {"reward_function": "a:f,b:g", "reward_weights": [0.5, 0, -1, 2]},
     DemoConfig: {},
 }  # fmt: skip
+
+
+WRITTEN = {
+    "server_url": "http://a-server",
+    "keep_best": "eval_loss",
+    "kv_cache": "dynamic",  # beside a server
+    "formatting": "module:function",
+}  # not any text will do
+ROLLOUTS = {"micro_batch_tokens": None, "max_tokens_per_batch": None}  # have no such settings
+ROLLOUTS |= {"lora": {"r": 4}, "quantize": "none"}  # nor dropout, nor four bits beside a server
 
 
 def another_value(kind: type, default: object) -> object:
@@ -366,9 +446,9 @@ def another_value(kind: type, default: object) -> object:
     if kind is float:
         return (default or 0.5) / 2 if isinstance(default, float) else 0.5
     if typing.get_origin(kind) is tuple:
-        return (
-            tuple(item / 2 for item in default) if default else ("some:text",) if str in typing.get_args(kind) else (2,)
-        )
+        if str in typing.get_args(kind):
+            return ("some:text",)
+        return tuple(item / 2 for item in default) if default else (2,)
     return typing.get_args(kind)[-1] if typing.get_origin(kind) is typing.Literal else "a text"
 
 
@@ -380,11 +460,12 @@ def test_every_setting_survives_yaml(cls):
         inner = values
         for group in groups:
             inner = inner.setdefault(group, {})
-        inner[last] = "http://a-server" if last == "server_url" else another_value(kind, default)
-    config = from_dict(cls, values | TOGETHER[cls])
+        inner[last] = WRITTEN.get(last) or another_value(kind, default)
+    together = TOGETHER[cls] | (ROLLOUTS if issubclass(cls, OnPolicyConfig) else {})
+    config = from_dict(cls, values | together)
     plain = to_dict(config)
     least = to_dict(from_dict(cls, LEAST[cls]))
-    same = [name for name in plain if plain[name] == least[name] and name not in TOGETHER[cls]]
+    same = [name for name in plain if plain[name] == least[name] and name not in together]
     assert same == []  # else the test would not see a setting that is lost
     assert from_dict(cls, yaml.safe_load(yaml.safe_dump(plain))) == config
 

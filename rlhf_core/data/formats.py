@@ -4,22 +4,40 @@ A format is recognised by its columns. All of them end as the same thing, a `Rec
 text or as chat messages, not yet rendered and not yet tokens (`chat.py` and `tokenize.py` do that).
 """
 
+import contextlib
 import difflib
 import logging
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from rlhf_core.data.sources import BadRow, DataError, Row, kind_of, read_rows
+from rlhf_core.data.account import Account, listed
+from rlhf_core.data.messages import (
+    Message,
+    check_order,
+    checked_messages,
+    checked_number,
+    checked_text,
+    checked_truth,
+    conversation,
+    is_learned,
+    last_answer,
+    not_blank,
+    optional_number,
+    read_field,
+    read_items,
+    read_text,
+    read_tools,
+    says_something,
+)
+from rlhf_core.data.sources import BadRow, DataError, Row, formatted, kind_of, read_rows
 
-__all__ = ["FORMATS", "DataError", "Format", "Message", "Record", "read_records"]
+__all__ = ["FORMATS", "DataError", "Format", "Message", "Record", "iter_records", "read_records", "with_attributes"]
 
 logger = logging.getLogger("rlhf_core.data")
 
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 Prompt = str | list[Message]
 Completion = str | list[Message]
 
@@ -28,6 +46,8 @@ COMMANDS = {
     "supervised": "rlhf sft",
     "preference": "rlhf dpo or rlhf reward",
     "unpaired": "rlhf kto",
+    "ranking": "rlhf reward",
+    "process": "rlhf reward",
     "prompts": "rlhf ppo",
 }
 
@@ -37,10 +57,17 @@ class Record:
     """One prompt and its completions, as read."""
 
     prompt: Prompt | None  # None for plain text, which has no prompt
-    completions: tuple[Completion, ...]  # none for prompts only; 1 supervised or unpaired; 2 as (chosen, rejected)
+    # None for prompts only; 1 supervised, unpaired or in steps; 2 as (chosen, rejected); K ranked, the best first. Of a
+    # completion of several messages the assistant's are learned alone.
+    completions: tuple[Completion, ...]
     row: Row  # the row as it was read, for reward functions that look at other columns
     source: str  # where it came from, "pairs.jsonl:12" or "data.json row 3", counted from 1
     label: bool | None = None  # unpaired only: True for a wanted completion
+    tools: list[dict[str, Any]] | None = None  # what a chat template is told of the tools, as JSON schemas
+    weight: float = 1.0  # how much the row counts
+    margin: float | None = None  # preference only: how much better the chosen completion is, where the row says so
+    steps: tuple[str, ...] | None = None  # of a completion in steps, its parts; together they are the whole
+    step_labels: tuple[bool, ...] | None = None  # for each of them, whether it is right
 
 
 class Parts(NamedTuple):
@@ -49,131 +76,59 @@ class Parts(NamedTuple):
     prompt: Prompt | None
     completions: tuple[Completion, ...]
     label: bool | None = None
-
-
-# --------------------------------------------------------------------------------------------------------------- fields
-
-
-def _field(row: Row, name: str, expected: str) -> Any:
-    """The value of a field, which must be there and not null."""
-    if name not in row:
-        close = difflib.get_close_matches(name, row, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise BadRow(f"field {name!r} is missing, expected {expected}{hint}")
-    if row[name] is None:
-        raise BadRow(f"field {name!r} is null, expected {expected}")
-    return row[name]
-
-
-def _text(row: Row, name: str) -> str:
-    """A field that is text, perhaps empty."""
-    return _checked_text(_field(row, name, "text"), f"field {name!r}")
-
-
-def _checked_text(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        raise BadRow(f"{where}: found {kind_of(value)}, expected text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:  # tokenizers die of it without saying where
-        raise BadRow(f"{where} holds half a surrogate pair (a broken emoji), expected valid Unicode text") from None
-    return value
-
-
-def _not_blank(text: str, name: str) -> str:
-    """Text that a model is to learn: a blank one would teach it to say nothing."""
-    if not text.strip():
-        raise BadRow(f"field {name!r} is empty, expected text to learn from")
-    return text
-
-
-# ------------------------------------------------------------------------------------------------------------- messages
-
-# The roles as every chat template knows them, and the names that ShareGPT exports use for the same three.
-ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
-
-
-def _conversation(value: object, name: str) -> list[Message]:
-    """A list of messages in the one spelling, {"role", "content"}, with its order of roles checked."""
-    if not isinstance(value, list):
-        raise BadRow(f"field {name!r}: found {kind_of(value)}, expected a list of messages")
-    if not value:
-        raise BadRow(f"field {name!r} is an empty list, expected messages")
-    messages = [_message(item, f"field {name!r}, message {number}") for number, item in enumerate(value, start=1)]
-    first_turn = 1 if messages[0]["role"] == "system" else 0
-    for position, message in enumerate(messages[first_turn:]):
-        expected = ("user", "assistant")[position % 2]
-        if message["role"] != expected:
-            raise BadRow(
-                f"field {name!r}, message {first_turn + position + 1}: found the role {message['role']!r}, expected "
-                f"{expected!r} (at most one system message, then user and assistant in turn)"
-            )
-    if first_turn == len(messages):
-        raise BadRow(f"field {name!r} has a system message only, expected a user turn after it")
-    return messages
-
-
-def _message(item: object, where: str) -> Message:
-    if not isinstance(item, dict):
-        raise BadRow(f"{where}: found {kind_of(item)}, expected an object with role and content")
-    role_key, content_key = ("from", "value") if "from" in item else ("role", "content")
-    missing = [key for key in (role_key, content_key) if item.get(key) is None]
-    if missing:
-        found = " and ".join(f"no {key!r}" for key in missing)
-        raise BadRow(f"{where}: found {found}, expected role and content, or from and value")
-    role = _checked_text(item[role_key], f"{where}, {role_key!r}")
-    if role not in ROLES:
-        raise BadRow(f"{where}: found the role {role[:40]!r}, expected one of {', '.join(ROLES)}")
-    return {"role": ROLES[role], "content": _checked_text(item[content_key], f"{where}, {content_key!r}")}
-
-
-def _last_answer(messages: list[Message], name: str) -> tuple[list[Message], list[Message]]:
-    """Split a conversation before its last message, which must be an assistant's turn with something in it."""
-    if messages[-1]["role"] != "assistant":
-        raise BadRow(f"field {name!r} ends with a {messages[-1]['role']} turn, expected an assistant turn at the end")
-    _not_blank(messages[-1]["content"], name)
-    return messages[:-1], messages[-1:]
+    steps: tuple[str, ...] | None = None
+    step_labels: tuple[bool, ...] | None = None
+    tied: int = 0  # ranked answers that were left out, because they have the rank or the words of another
 
 
 # --------------------------------------------------------------------------------- formats with a column for the prompt
 
 
 def _prompt(row: Row, *answers: str) -> Prompt:
-    """The `prompt` column: text, or messages that end with a user's turn.
+    """The `prompt` column: text, or messages that end where an answer is wanted.
 
     A text prompt whose answers (columns of these names) are messages is the user's turn of that conversation.
     """
-    value = _field(row, "prompt", "text or messages")
+    return _prompt_of(row, chat=any(isinstance(row.get(name), list) for name in answers))
+
+
+def _prompt_of(row: Row, *, chat: bool) -> Prompt:
+    value = read_field(row, "prompt", "text or messages")
     if isinstance(value, list):
-        messages = _conversation(value, "prompt")
-        if messages[-1]["role"] != "user":
+        messages = conversation(value, "prompt")
+        if messages[-1]["role"] == "assistant":
             raise BadRow("field 'prompt' ends with an assistant turn, expected a user turn at the end")
         return messages
-    text = _text(row, "prompt")
-    if any(isinstance(row.get(name), list) for name in answers):
-        return [{"role": "user", "content": text}]
-    return text
+    text = read_text(row, "prompt")
+    return [{"role": "user", "content": text}] if chat else text
 
 
 def _answer(row: Row, name: str, prompt: Prompt) -> Completion:
+    """The completion in a column: of the same kind as its prompt."""
+    return _completion(read_field(row, name, "text or messages"), name, prompt)
+
+
+def _completion(value: object, name: str, prompt: Prompt, *, turns: bool = False) -> Completion:
     """A completion of the same kind as its prompt: text after text, one assistant message after messages.
 
-    Some sets repeat the prompt's messages at the head of the answer's; they are taken off.
+    Some sets repeat the prompt's messages at the head of the answer's; they are taken off. With `turns` an answer may
+    be several messages, from an assistant's to an assistant's.
     """
-    value = _field(row, name, "text or messages")
     if isinstance(prompt, str):
-        return _not_blank(_text(row, name), name)
+        return not_blank(checked_text(value, f"field {name!r}"), name)
     if isinstance(value, str):
-        return [{"role": "assistant", "content": _not_blank(_text(row, name), name)}]
+        return [{"role": "assistant", "content": not_blank(checked_text(value, f"field {name!r}"), name)}]
     if not isinstance(value, list) or not value:
         raise BadRow(f"field {name!r}: found {'an empty list' if value == [] else kind_of(value)}, expected messages")
-    messages = [_message(item, f"field {name!r}, message {number}") for number, item in enumerate(value, start=1)]
+    messages = checked_messages(value, name)
     if messages[: len(prompt)] == prompt:
         messages = messages[len(prompt) :]
-    if [message["role"] for message in messages] != ["assistant"]:
+    if turns and messages:
+        check_order(messages, name, before=prompt[-1])
+    elif [message["role"] for message in messages] != ["assistant"]:
         raise BadRow(f"field {name!r}: expected one assistant message, alone or after the very messages of the prompt")
-    _not_blank(messages[0]["content"], name)
-    return messages
+    before, answer = last_answer(messages, name)
+    return [*before, *answer]
 
 
 def _completion_column(row: Row) -> str:
@@ -185,16 +140,14 @@ def _completion_prompt(row: Row) -> Prompt:
 
 
 def _prompt_completion(row: Row) -> Parts:
-    prompt = _completion_prompt(row)
-    return Parts(prompt, (_answer(row, _completion_column(row), prompt),))
+    prompt, name = _completion_prompt(row), _completion_column(row)
+    return Parts(prompt, (_completion(read_field(row, name, "text or messages"), name, prompt, turns=True),))
 
 
 def _unpaired(row: Row) -> Parts:
-    label = _field(row, "label", "true, false, 0 or 1")
-    # A string is refused: "false" is a true value in Python, and a wrong guess shows only in a bad model.
-    if not isinstance(label, int) or label not in (0, 1):  # bool is a kind of int
-        raise BadRow(f"field 'label': found {kind_of(label)}, expected true, false, 0 or 1")
-    return _prompt_completion(row)._replace(label=bool(label))
+    label = checked_truth(read_field(row, "label", "true, false, 0 or 1"), "field 'label'")
+    prompt = _completion_prompt(row)
+    return Parts(prompt, (_answer(row, _completion_column(row), prompt),), label=label)
 
 
 def _preference_prompt(row: Row) -> Prompt:
@@ -210,11 +163,64 @@ def _prompts(row: Row) -> Parts:
     return Parts(_prompt(row), ())
 
 
+def _list_column(row: Row) -> str:
+    return "responses" if "responses" in row and "completions" not in row else "completions"
+
+
+def _ranking_prompt(row: Row) -> Prompt:
+    answers = row.get(_list_column(row))
+    return _prompt_of(row, chat=isinstance(answers, list) and any(isinstance(answer, list) for answer in answers))
+
+
+def _ranking(row: Row) -> Parts:
+    """A list of answers, the best first, or in any order with `ranks` (1 is the best) or `scores` (more is better).
+
+    A ranking has no place for a tie: of answers of the same rank, or in the same words, the first stays.
+    """
+    name, prompt = _list_column(row), _ranking_prompt(row)
+    values = read_items(row, name, "texts, or of lists of messages", least=2)
+    answers = [_completion(value, f"{name}[{place}]", prompt) for place, value in enumerate(values)]
+    given = [column for column in ("ranks", "scores") if row.get(column) is not None]
+    if len(given) > 1 or (name == "responses" and not given):
+        found = " and ".join(given) or "no ranks and no scores"
+        raise BadRow(f"found {found} beside {name!r}, expected one of the two")
+    places = list(range(len(answers)))
+    if given:
+        numbers = read_items(row, given[0], "numbers", least=0)
+        if len(numbers) != len(answers):
+            count = f"{len(numbers)} items for {len(answers)} answers"
+            raise BadRow(f"field {given[0]!r} has {count}, expected one for each")
+        sign = -1 if given[0] == "scores" else 1
+        places = [sign * checked_number(number, f"field {given[0]!r}") for number in numbers]
+    ranked: dict[float, Completion] = {}
+    for place, answer in sorted(zip(places, answers, strict=True), key=lambda pair: pair[0]):
+        if place not in ranked and answer not in ranked.values():
+            ranked[place] = answer
+    return Parts(prompt, tuple(ranked.values()), tied=len(answers) - len(ranked))
+
+
+def _process_prompt(row: Row) -> Prompt:
+    return _prompt_of(row, chat=False)
+
+
+def _process(row: Row) -> Parts:
+    """An answer in steps, and for each step whether it is right."""
+    values, labels = read_items(row, "completions", "steps", least=1), read_items(row, "labels", "labels", least=1)
+    if len(values) != len(labels):
+        raise BadRow(f"field 'labels' has {len(labels)} items for {len(values)} steps, expected one for each")
+    steps = [
+        not_blank(checked_text(value, f"field 'completions[{place}]'"), f"completions[{place}]")
+        for place, value in enumerate(values)
+    ]
+    truths = tuple(checked_truth(label, f"field 'labels[{place}]'") for place, label in enumerate(labels))
+    return Parts(_process_prompt(row), (), steps=tuple(steps), step_labels=truths)
+
+
 # --------------------------------------------------------------------- formats where the prompt has to be found or made
 
 
 def _plain_text(row: Row) -> Parts:
-    return Parts(None, (_not_blank(_text(row, "text"), "text"),))
+    return Parts(None, (not_blank(read_text(row, "text"), "text"),))
 
 
 # The two prompts of Stanford Alpaca (Taori et al. 2023), to the letter: models trained on it expect this wording.
@@ -231,32 +237,33 @@ ALPACA_WITHOUT_INPUT = (
 
 
 def _alpaca_prompt(row: Row) -> str:
-    instruction = _not_blank(_text(row, "instruction"), "instruction")
-    context = "" if row.get("input") is None else _text(row, "input")
+    instruction = not_blank(read_text(row, "instruction"), "instruction")
+    context = "" if row.get("input") is None else read_text(row, "input")
     if context.strip():
         return ALPACA_WITH_INPUT.format(instruction=instruction, input=context)
     return ALPACA_WITHOUT_INPUT.format(instruction=instruction)
 
 
 def _alpaca(row: Row) -> Parts:
-    return Parts(_alpaca_prompt(row), (_not_blank(_text(row, "output"), "output"),))
+    return Parts(_alpaca_prompt(row), (not_blank(read_text(row, "output"), "output"),))
 
 
 def _messages(row: Row, name: str) -> Parts:
-    """All before the last assistant turn is the prompt, that turn the completion; a user turn after it is left out."""
-    messages = _conversation(_field(row, name, "a list of messages"), name)
-    if messages[-1]["role"] == "user":
+    """What comes before the first assistant turn is the prompt, the rest the completion, up to the last such turn."""
+    messages = conversation(read_field(row, name, "a list of messages"), name)
+    while messages and messages[-1]["role"] != "assistant":  # nobody answered it
         messages = messages[:-1]
-    if not any(message["role"] == "assistant" for message in messages):
+    if not messages:
         raise BadRow(f"field {name!r} has no assistant turn, expected one to learn from")
-    prompt, answer = _last_answer(messages, name)
-    return Parts(prompt, (answer,))
+    last_answer(messages, name)
+    first = next(place for place, message in enumerate(messages) if message["role"] == "assistant")
+    return Parts(messages[:first], (messages[first:],))
 
 
 def _messages_prompt(row: Row, name: str) -> list[Message]:
-    """The conversation up to where an answer is wanted: the whole when a user has the last word, else without it."""
-    messages = _conversation(_field(row, name, "a list of messages"), name)
-    return messages if messages[-1]["role"] == "user" else messages[:-1]
+    """The conversation up to where an answer is wanted: without its last turn if that is an assistant's."""
+    messages = conversation(read_field(row, name, "a list of messages"), name)
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
 def _same_prompt(chosen_prompt: Prompt, rejected_prompt: Prompt) -> Prompt:
@@ -266,15 +273,15 @@ def _same_prompt(chosen_prompt: Prompt, rejected_prompt: Prompt) -> Prompt:
 
 
 def _preference_implicit(row: Row) -> Parts:
-    conversations = [_conversation(_field(row, name, "messages"), name) for name in ("chosen", "rejected")]
-    chosen_prompt, chosen = _last_answer(conversations[0], "chosen")
-    rejected_prompt, rejected = _last_answer(conversations[1], "rejected")
+    conversations = [conversation(read_field(row, name, "messages"), name) for name in ("chosen", "rejected")]
+    chosen_prompt, chosen = last_answer(conversations[0], "chosen")
+    rejected_prompt, rejected = last_answer(conversations[1], "rejected")
     return Parts(_same_prompt(chosen_prompt, rejected_prompt), (chosen, rejected))
 
 
 def _split_transcript(row: Row, name: str) -> tuple[str, str]:
     """A raw HH transcript, split after its last "\\n\\nAssistant:". Earlier ones belong to the prompt."""
-    transcript = _text(row, name)
+    transcript = read_text(row, name)
     if not transcript.startswith("\n\nHuman:"):
         raise BadRow(
             f"field {name!r} does not start with '\\n\\nHuman:', expected a whole HH transcript "
@@ -290,7 +297,7 @@ def _hh(row: Row) -> Parts:
     chosen_prompt, chosen = _split_transcript(row, "chosen")
     rejected_prompt, rejected = _split_transcript(row, "rejected")
     prompt = _same_prompt(chosen_prompt, rejected_prompt)
-    return Parts(prompt, (_not_blank(chosen, "chosen"), _not_blank(rejected, "rejected")))
+    return Parts(prompt, (not_blank(chosen, "chosen"), not_blank(rejected, "rejected")))
 
 
 def _holds_messages(row: Row) -> bool:
@@ -320,7 +327,8 @@ class Format:
         return all(any(name in row for name in names) for names in self.required) and self.fits(row)
 
     def serves(self, need: str) -> bool:
-        return self.need == need or (need == "prompts" and self.prompt is not None)
+        pairs_are_rankings = (self.need, need) == ("preference", "ranking")
+        return self.need == need or pairs_are_rankings or (need == "prompts" and self.prompt is not None)
 
     def columns(self) -> str:
         """'prompt, completion or response, (input)': what the format wants, optional columns in parentheses."""
@@ -397,6 +405,21 @@ FORMATS: dict[str, Format] = {
         required=(("text",),),
         convert=_plain_text,
         prompt=None,
+    ),
+    "process": Format(
+        need="process",
+        looks_like="answers in steps, each with a label",
+        required=(("prompt",), ("completions",), ("labels",)),
+        convert=_process,
+        prompt=_process_prompt,
+    ),
+    "ranking": Format(
+        need="ranking",
+        looks_like="ranked lists of answers",
+        required=(("prompt",), ("completions", "responses")),
+        optional=("ranks or scores",),
+        convert=_ranking,
+        prompt=_ranking_prompt,
     ),
     "prompts": Format(
         need="prompts",
@@ -479,7 +502,17 @@ def _misspelt(columns: Sequence[str], format: Format) -> list[tuple[str, str]]:
 # ----------------------------------------------------------------------------------------------------------- the reader
 
 
-def read_records(
+_IDENTICAL = "chosen and rejected are the same"
+_LEFT_OUT = "the formatting function leaves it out"
+_TIED = "answers that have the rank, or the very words, of another are left out"
+
+
+def read_records(path: str | Path, **options: Any) -> list[Record]:
+    """Every row behind `path` as a record; the options are those of `iter_records`."""
+    return list(iter_records(path, **options))
+
+
+def iter_records(
     path: str | Path,
     *,
     need: str,
@@ -487,82 +520,226 @@ def read_records(
     split: str | None = None,
     skip_bad_rows: int = 0,
     limit: int | None = None,
-) -> list[Record]:
-    """Read every row behind `path` as a record that serves `need`.
+    turns: Literal["last", "all"] = "last",
+    system: str | None = None,
+    attributes: Sequence[str] | None = None,
+    step_separator: str = "\n",
+    formatting: str | None = None,
+    account: Account | None = None,
+) -> Iterator[Record]:
+    """Read every row behind `path` as a record that serves `need`, one after another.
 
     path, split: see `read_rows`: files, folders, `datasets` folders and hub names.
-    need: "supervised", "preference", "unpaired" or "prompts" (any format with a prompt; completions are left out).
+    need: "supervised", "preference", "unpaired", "ranking" (pairs are rankings of two), "process" (answers in steps) or
+        "prompts" (any format with a prompt; completions are left out).
     format: a name in FORMATS; None recognises it by the columns of the first row, and every row must then match.
     skip_bad_rows: how many unusable rows to skip, count and report before they are an error.
     limit: stop after this many records; None reads all.
+    turns: what of a conversation is learned: the last assistant turn, or all of them.
+    system: a system message for conversations that have none, in a message or a `system` column.
+    attributes: what is written into the prompt (see `with_attributes`): names of columns, or NAME:VALUE.
+    step_separator: what stands between the steps of an answer.
+    formatting: a function of the user's, module:function, that every row goes through first (see `formatted`).
+    account: told of every row that is left out, in place of warnings.
 
-    Pairs whose two answers are the same say nothing about preference: they are dropped and counted in a warning.
+    Pairs whose two answers are the same say nothing about preference: they are dropped and counted. With one bad row
+    more than may be skipped the rest is only counted, for the error that comes at the end.
     Raises DataError for data that cannot be used, ValueError for arguments that make no sense.
     """
     if need not in COMMANDS:
         raise ValueError(f"need={need!r}, expected one of {', '.join(COMMANDS)}")
+    if turns not in ("last", "all"):
+        raise ValueError(f"turns={turns!r}, expected 'last' or 'all'")
+    if turns == "all" and need != "supervised":
+        raise DataError(f"data.turns='all' is for {COMMANDS['supervised']}: here the last answer alone is learned")
+    if turns == "all" and attributes:
+        raise DataError("data.attributes with data.turns='all': expected one of the two, as they are of one answer")
     if skip_bad_rows < 0:
         raise ValueError(f"skip_bad_rows={skip_bad_rows}, expected 0 or more")
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}, expected 1 or more, or None")
     if format is not None:
         named_format(format)  # a misspelt name is an error before anything is read
+    rows = read_rows(path, split)
+    if formatting is not None:
+        rows = formatted(rows, formatting)
+    options = dict(turns=turns, system=system, attributes=attributes, step_separator=step_separator)
+    return _records(path, rows, format, need=need, most_bad=skip_bad_rows, limit=limit, account=account, **options)
+
+
+def _records(
+    path: str | Path,
+    rows: Iterable[tuple[str, Row | BadRow | None]],
+    format: str | None,
+    *,
+    need: str,
+    most_bad: int,
+    limit: int | None,
+    account: Account | None,
+    **options: Any,
+) -> Iterator[Record]:
+    losses = Account(source=str(path)) if account is None else account
     settled: Format | None = None
-    records: list[Record] = []
-    bad: list[tuple[str, str]] = []  # (source, reason)
-    identical: list[str] = []  # sources
-    for source, row in read_rows(path, split):
+    kept, num_bad = 0, 0
+    one_too_many: tuple[str, str] | None = None  # (source, reason)
+    for source, row in rows:
         try:
             if isinstance(row, BadRow):
                 raise row
+            if row is None:
+                losses.drop(_LEFT_OUT, source)
+                continue
             if settled is None:
                 settled = _settle_format(row, name=format, need=need, source=source)
-            record = _record(row, settled, need=need, source=source)
+            record, tied = _record(row, settled, need=need, source=source, **options)
         except BadRow as reason:
-            bad.append((source, str(reason)))
+            num_bad += 1
+            losses.drop(str(reason), source)
+            if num_bad == most_bad + 1:
+                one_too_many = source, str(reason)
             continue
-        if need == "preference" and record.completions[0] == record.completions[1]:
-            identical.append(source)
+        first, *others = record.completions or [None]
+        if need in ("preference", "ranking") and first in (others or [first]):
+            losses.drop(_IDENTICAL, source)
             continue
-        records.append(record)
-        if len(records) == limit:
+        if tied:
+            losses.note(_TIED, source)
+        kept += 1
+        if one_too_many is None:
+            yield record
+        if kept == limit:
             break
-    _report(path, bad, identical, skip_bad_rows=skip_bad_rows, kept=len(records))
-    return records
-
-
-def _record(row: Row, format: Format, *, need: str, source: str) -> Record:
-    if need == "prompts":
-        return Record(prompt=format.prompt(row), completions=(), row=row, source=source)
-    parts = format.convert(row)
-    return Record(prompt=parts.prompt, completions=parts.completions, label=parts.label, row=row, source=source)
-
-
-def _report(
-    path: str | Path, bad: list[tuple[str, str]], identical: list[str], *, skip_bad_rows: int, kept: int
-) -> None:
-    """Say what was left out: an error when it is more than was allowed or when nothing is left, a warning otherwise."""
-    total = len(bad) + len(identical) + kept
-    counted = _count_reasons([reason for _, reason in bad])
-    if len(bad) > skip_bad_rows:
-        source, reason = bad[skip_bad_rows]
+    if one_too_many is not None:
+        source, reason = one_too_many
+        bad = {why: loss for why, loss in losses.dropped.items() if why not in (_IDENTICAL, _LEFT_OUT)}
         raise DataError(
-            f"{source}: {reason}\n{len(bad)} of the {total} rows read cannot be used: {counted}. "
-            f"Mend them, or have them skipped: --data.skip-bad-rows {len(bad)}"
+            f"{source}: {reason}\n{num_bad} of the {kept + losses.rows_dropped} rows read cannot be used: "
+            f"{listed(bad)}. Mend them, or have them skipped: --data.skip-bad-rows {num_bad}"
         )
-    if bad:
-        logger.warning(f"{path}: skipped {len(bad)} of {total} rows: {counted} (first: {bad[0][0]})")
-    if identical:
-        same = "chosen and rejected are the same"
-        logger.warning(f"{path}: dropped {len(identical)} of {total} pairs: {same} (first: {identical[0]})")
     if not kept:
-        reasons = [counted] * bool(bad) + [f"{len(identical)} x chosen and rejected are the same"] * bool(identical)
-        raise DataError(f"{path}: 0 of {total} rows left: {', '.join(reasons) or 'there is nothing in it'}")
+        raise DataError(losses.nothing_left())
+    if account is None:
+        for line in losses.losses(kept + losses.rows_dropped):
+            logger.warning(line)
 
 
-def _count_reasons(reasons: list[str], *, most: int = 5) -> str:
-    """'2 x this, 1 x that', the commonest first."""
-    counts = Counter(reasons)
-    parts = [f"{count} x {reason}" for reason, count in counts.most_common(most)]
-    rest = len(reasons) - sum(count for _, count in counts.most_common(most))
-    return ", ".join(parts + [f"{rest} x other reasons"] * bool(rest))
+def _record(
+    row: Row,
+    format: Format,
+    *,
+    need: str,
+    source: str,
+    turns: str,
+    system: str | None,
+    attributes: Sequence[str] | None,
+    step_separator: str,
+) -> tuple[Record, int]:
+    """The record of a row, and how many ranked answers are left out of it."""
+    parts = Parts(format.prompt(row), ()) if need == "prompts" else format.convert(row)
+    prompt, completions = _chosen_turns(parts.prompt, parts.completions, turns)
+    prompt = _with_system(prompt, row, system, source)
+    prompt = with_attributes(prompt, attributes, row, source) if attributes else prompt
+    steps = None
+    if parts.steps is not None:
+        ended = (step.removesuffix(step_separator) + step_separator for step in parts.steps[:-1])
+        steps = (*ended, parts.steps[-1])
+        whole = "".join(steps)
+        completions = (whole if isinstance(prompt, str) else [{"role": "assistant", "content": whole}],)
+    weight = optional_number(row, "weight")
+    if weight is not None and weight <= 0:
+        raise BadRow("field 'weight': found a number that is not above 0, expected one that is, or no row")
+    record = Record(
+        prompt=prompt,
+        completions=completions,
+        row=row,
+        source=source,
+        label=parts.label,
+        tools=read_tools(row) if isinstance(prompt, list) else None,
+        weight=1.0 if weight is None else weight,
+        margin=_margin(row) if need == "preference" else None,
+        steps=steps,
+        step_labels=parts.step_labels,
+    )
+    return record, parts.tied
+
+
+def _margin(row: Row) -> float | None:
+    """The `margin` column, or else the difference of the columns `score_chosen` and `score_rejected`."""
+    margin = optional_number(row, "margin")
+    chosen, rejected = optional_number(row, "score_chosen"), optional_number(row, "score_rejected")
+    return chosen - rejected if margin is None and chosen is not None and rejected is not None else margin
+
+
+def _chosen_turns(
+    prompt: Prompt | None, completions: tuple[Completion, ...], turns: str
+) -> tuple[Prompt | None, tuple[Completion, ...]]:
+    """What of a conversation is learned: all assistant turns of its completion, or only the last of them."""
+    if len(completions) != 1 or isinstance(completions[0], str):
+        return prompt, completions
+    messages = completions[0]
+    learned = [place for place, message in enumerate(messages) if is_learned(message)]
+    if not learned:
+        raise BadRow("all assistant turns have the weight 0, expected one to learn from")
+    if turns == "last":
+        learned = learned[-1:]
+    if not all(says_something(messages[place]) for place in learned):
+        raise BadRow("an assistant turn is empty, expected text to learn from in all of them (or --data.turns last)")
+    return [*prompt, *messages[: learned[0]]], (messages[learned[0] : learned[-1] + 1],)
+
+
+def _with_system(prompt: Prompt | None, row: Row, system: str | None, source: str) -> Prompt | None:
+    """A conversation with the system prompt that stands in its row, or else the one that is given for all."""
+    own = row.get("system")
+    own = checked_text(own, "field 'system'") if own is not None and prompt is not None else ""
+    if not isinstance(prompt, list):
+        if own.strip():
+            raise BadRow("field 'system' beside a prompt that is text, expected messages: text has no place for it")
+        if system is not None:
+            raise DataError(f"{source}: the prompt is text, expected messages for data.system: text has no room for it")
+        return prompt
+    if prompt[0]["role"] == "system":
+        if own.strip() and own != prompt[0]["content"]:
+            raise BadRow("field 'system' beside a conversation that starts with another system message, expected one")
+        return prompt
+    text = own if own.strip() else system
+    return prompt if text is None else [{"role": "system", "content": text}, *prompt]
+
+
+# ----------------------------------------------------------------------------------------------------------- attributes
+
+
+def with_attributes(prompt: Prompt | None, attributes: Sequence[str], row: Row, source: str) -> Prompt:
+    """A prompt that says what its answer is like, in its last line, which follows an empty one:
+
+        Attributes: helpfulness:4,verbosity:2
+
+    In a conversation that is the end of the last user message. A model trained on rated answers in this way gives, when
+    asked for high ratings, the answers that had them. Source: SteerLM (Dong et al. 2023, arXiv:2310.05344), whose own
+    layout has special tokens of one model family.
+
+    attributes: NAME:VALUE, or the NAME of a column of the row.
+    Raises DataError for plain text, which has no prompt, and BadRow for a row without the value.
+    """
+    if prompt is None:
+        raise DataError(f"{source}: the row is plain text, expected a prompt to write the attributes into")
+    line = f"\n\nAttributes: {','.join(_attribute(row, attribute) for attribute in attributes)}"
+    if isinstance(prompt, str):
+        return f"{prompt}{line}\n"
+    last = max(place for place, message in enumerate(prompt) if message["role"] == "user")
+    asked = prompt[last] | {"content": prompt[last]["content"] + line}
+    return [*prompt[:last], asked, *prompt[last + 1 :]]
+
+
+def _attribute(row: Row, attribute: str) -> str:
+    """'helpfulness' -> 'helpfulness:4', from the row's column of that name; 'helpfulness:4' stays. 4.0 is written 4."""
+    name, _, value = attribute.partition(":")
+    value = value or read_field(row, name, "a number, true, false or a few words")
+    text = str(value).lower() if isinstance(value, bool) else str(value).strip()
+    with contextlib.suppress(ValueError):
+        text = f"{float(text):g}"
+    if not isinstance(value, str | int | float) or not text or set(text) & set(",:\n"):
+        raise BadRow(
+            f"field {name!r}: found {kind_of(value)}, expected a number, true, false or a few words without commas, "
+            "colons and line breaks"
+        )
+    return f"{name}:{text}"

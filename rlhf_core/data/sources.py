@@ -8,14 +8,18 @@ that follows unreadable (a broken JSON list, a damaged parquet file) raises `Dat
 import csv
 import difflib
 import gzip
+import hashlib
 import io
 import json
 import re
+import traceback
 import zlib
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
+
+from rlhf_core.plugins import import_function
 
 Row = dict[str, Any]
 
@@ -59,6 +63,46 @@ def read_rows(path: str | Path, split: str | None = None) -> Iterator[tuple[str,
     if split is not None:
         raise DataError(f"{path}: split {split!r} was asked for, but a single file has no splits; leave the split out")
     return _file_rows(place)
+
+
+def fingerprint(path: str | Path, split: str | None = None) -> str:
+    """sha256 of what lies behind `path`: names and bytes of its files, or what `datasets` says of a hub dataset."""
+    place = Path(path).expanduser()
+    if not place.exists():
+        return f"{path} {_hub_dataset(str(path), split)._fingerprint}"
+    if (place / "state.json").is_file() or (place / "dataset_dict.json").is_file():
+        files = sorted(file for file in place.rglob("*") if file.is_file())
+    else:
+        files = _files_of_split(place, split) if place.is_dir() else [place]
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stream:
+            digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def formatted(rows: Iterator[tuple[str, Row | BadRow]], name: str) -> Iterator[tuple[str, Row | BadRow | None]]:
+    """Every row as the user's function (name: "module:function") makes it: a row, or None to leave it out.
+
+    A function that fails on a row, or returns something else, makes it a bad row whose reason names the function and
+    the line it failed in; what it said is not repeated, since it may quote the row.
+    """
+    function = import_function(name)
+    for place, row in rows:
+        if isinstance(row, BadRow):
+            yield place, row
+            continue
+        try:
+            made = function(row)
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(last.filename).name}:{last.lineno}"
+            yield place, BadRow(f"the formatting function {name} fails: {type(error).__name__} at {where}")
+            continue
+        if made is None or isinstance(made, dict):
+            yield place, made
+        else:
+            yield place, BadRow(f"the formatting function {name} returned {kind_of(made)}, expected a row or None")
 
 
 def kind_of(value: object) -> str:
@@ -240,21 +284,24 @@ def _saved_dataset_rows(folder: Path, split: str | None) -> Iterator[tuple[str, 
 
 
 def _hub_rows(name: str, split: str | None) -> Iterator[tuple[str, Row]]:
+    for number, row in enumerate(_hub_dataset(name, split), start=1):
+        yield f"{name} row {number}", row
+
+
+def _hub_dataset(name: str, split: str | None) -> Any:
     if name.lower().endswith(DATA_SUFFIXES) or not HUB_NAME.fullmatch(name):
         raise DataError(f"{name}: no such file or folder{_similar_path(Path(name).expanduser())}")
     import datasets
 
     repository, _, configuration = name.partition(":")
     try:
-        dataset = datasets.load_dataset(repository, configuration or None, split=split or "train")
+        return datasets.load_dataset(repository, configuration or None, split=split or "train")
     except Exception as error:
         # The hub fails in many ways (offline, private, misspelt, no such split); whichever it was, keep the reason.
         raise DataError(
             f"{name}: neither a file or folder here nor a hub dataset that loads ({type(error).__name__}: {error}); "
             "a configuration goes after a colon, owner/name:configuration, and a split under --data.split"
         ) from error
-    for number, row in enumerate(dataset, start=1):
-        yield f"{name} row {number}", row
 
 
 def _similar_path(path: Path) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rlhf_core.config import DataConfig, ModelConfig, SamplingConfig, Settings, require
-from rlhf_core.data.formats import Record
+from rlhf_core.config import DataConfig, ModelConfig, SamplingConfig, Settings, require, require_attributes
+from rlhf_core.data.formats import Record, with_attributes
 from rlhf_core.data.loader import load_examples
 from rlhf_core.data.tokenize import encode_records, stop_ids
 from rlhf_core.models.load import freeze, load_policy
@@ -26,6 +26,8 @@ class GenerateConfig(Settings):
     """One prompt, typed here."""
     data: DataConfig | None = None
     """Rows with prompts."""
+    attributes: tuple[str, ...] | None = None
+    """What the completions are to be like, for a model trained with data.attributes: helpfulness:4,verbosity:2."""
     output: str | None = None
     """A JSONL file to write prompt and completion to."""
     sampling: SamplingConfig = SamplingConfig()
@@ -40,6 +42,9 @@ class GenerateConfig(Settings):
         require(
             (self.prompt is None) != (self.data is None), "prompt, data", (self.prompt, self.data), "one of the two"
         )
+        require_attributes("attributes", self.attributes, "NAME:VALUE, each name once", values=True)
+        twice = self.attributes is not None and self.data is not None and self.data.attributes is not None
+        require(not twice, "attributes", self.attributes, "none beside data.attributes: the prompt names them once")
 
 
 def generate(config: GenerateConfig) -> list[dict[str, str]]:
@@ -48,11 +53,13 @@ def generate(config: GenerateConfig) -> list[dict[str, str]]:
     freeze(policy)
     stops = stop_ids(tokenizer, policy.generation_config)
     if config.data is not None:
-        examples = load_examples(
-            config.data, tokenizer, need="prompts", model=policy, reserve=config.sampling.max_new_tokens
-        )
+        data = replace(config.data, attributes=config.attributes or config.data.attributes)
+        examples = load_examples(data, tokenizer, need="prompts", model=policy, reserve=config.sampling.max_new_tokens)
     else:
-        typed = Record(prompt=config.prompt, completions=(), row={"prompt": config.prompt}, source="--prompt")
+        prompt = config.prompt
+        if config.attributes:
+            prompt = with_attributes(prompt, config.attributes, {}, "--prompt")
+        typed = Record(prompt=prompt, completions=(), row={"prompt": config.prompt}, source="--prompt")
         examples = encode_records([typed], tokenizer, stop_ids=stops)
     rollout = roll_out(
         policy,
