@@ -15,14 +15,15 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from rlhf_core.batch import PackedBatch
+from rlhf_core.batch import PackedBatch, PaddedBatch
 from rlhf_core.models.attention import PACKED, packed_forward
+from rlhf_core.models.routers import router_loss, watch_of
 from rlhf_core.ops.kl import kl_divergence, linear_kl
 from rlhf_core.ops.logprobs import linear_logprobs, linear_token_loss, logits_logprobs, vocab_statistics
 
@@ -38,6 +39,9 @@ class PolicyOutputs:
     entropy: Tensor | None = None  # nats, without gradient unless it was asked for
     values: Tensor | None = None  # V(prompt and completion before the token)
     kl: Tensor | None = None  # KL(policy || reference) of the whole distribution at the token
+    log_sum_sq_probs: Tensor | None = None  # log of the chance that two draws of the token agree, without gradient
+    mean_logprob: Tensor | None = None  # mean over the vocabulary of log p, with gradient, for label smoothing
+    likeliest: Tensor | None = None  # bool, whether no other token was likelier
 
 
 def token_logprobs(
@@ -56,6 +60,10 @@ def policy_outputs(
     temperature: float = 1.0,
     entropy: bool = False,
     entropy_gradient: bool = False,
+    mean_logprob: bool = False,
+    likeliest: bool = False,
+    kl_kind: str = "reverse",
+    agreement: bool = False,
     layout: Layout = "auto",
 ) -> PolicyOutputs:
     """Log-probs, and on request more that hangs on the same hidden states, from one forward of the policy.
@@ -66,6 +74,10 @@ def policy_outputs(
         temperature: divides both models' logits: give the one the completions were sampled with.
         entropy: also the entropies, a gauge. entropy_gradient: with their gradient, for a bonus; the (M, V) logits of
             the completion tokens are then there at once.
+        mean_logprob: also the mean of log p over the vocabulary, which label smoothing needs.
+        likeliest: also whether each token is the one that greedy decoding takes; costs one more product of the head.
+        kl_kind: "reverse", or "forward" for KL(reference || policy), or "js".
+        agreement: also `log_sum_sq_probs`, what WPO weighs by; one more product of the head as well.
 
     Raises ValueError where `layout="packed"` is asked of a model that cannot take it.
     """
@@ -87,13 +99,61 @@ def policy_outputs(
         entropies = vocab_statistics(logits, temperature=temperature).entropy
     kl = None
     if reference is not None:
-        kl = _exact_kl(model, reference, batch, states, logits, temperature=temperature, layout=layout)
+        options = dict(kind=kl_kind, temperature=temperature)
+        kl = _exact_kl(model, reference, batch, states, logits, options=options, layout=layout)
+    agreements = _agreement(model, states, logits, temperature) if agreement else None
+    mean = _mean_logprobs(model, states, logits, batch.targets, logprobs, temperature) if mean_logprob else None
+    top = _likeliest(model, states, logits, batch.targets) if likeliest else None
     return PolicyOutputs(
         logprobs=batch.scatter(logprobs),
         entropy=batch.scatter(entropies) if entropies is not None else None,
         values=batch.scatter(value_head(states)) if value_head is not None else None,
         kl=batch.scatter(kl) if kl is not None else None,
+        log_sum_sq_probs=batch.scatter(agreements) if agreements is not None else None,
+        mean_logprob=batch.scatter(mean) if mean is not None else None,
+        likeliest=batch.scatter(top) if top is not None else None,
     )
+
+
+def _mean_logprobs(
+    model: nn.Module,
+    states: Tensor | None,
+    logits: Tensor | None,
+    targets: Tensor,
+    logprobs: Tensor,
+    temperature: float,
+) -> Tensor:
+    """(M,) mean over the vocabulary of log p, with its gradient.
+
+    A mean of log-probs is a mean of logits, less one number that the target's log-prob has in it too:
+    mean_v log p_v = log p_target + mean_v z_v - z_target. Where logits are linear in the state, their mean is the
+    state's product with the mean of the head's rows, and no other logit is needed.
+    """
+    head = _lm_head(model)
+    if logits is None and head["softcap"] is None:
+        weight = head["weight"].float()
+        gap = states.float() @ weight.mean(0) - (states.float() * weight[targets]).sum(-1)
+        if head["bias"] is not None:
+            gap = gap + head["bias"].float().mean() - head["bias"].float()[targets]
+        return logprobs + head["scale"] * gap / temperature
+    logits = _head_logits(model, states) if logits is None else logits
+    return vocab_statistics(logits, temperature=temperature).mean_logprob
+
+
+@torch.no_grad()
+def _agreement(model: nn.Module, states: Tensor | None, logits: Tensor | None, temperature: float) -> Tensor:
+    """(M,) log sum_v p_v^2, from the logits or, a block of rows at a time, from states."""
+    size = 512
+    blocks = logits.split(size) if logits is not None else (_head_logits(model, part) for part in states.split(size))
+    return torch.cat([vocab_statistics(block, temperature=temperature).log_sum_sq_probs for block in blocks])
+
+
+@torch.no_grad()
+def _likeliest(model: nn.Module, states: Tensor | None, logits: Tensor | None, targets: Tensor) -> Tensor:
+    """(M,) bool: no other token has a larger logit. A block of rows at a time where the logits are not there."""
+    size = 512
+    blocks = logits.split(size) if logits is not None else (_head_logits(model, part) for part in states.split(size))
+    return torch.cat([block.argmax(-1) for block in blocks]) == targets
 
 
 def _exact_kl(
@@ -103,10 +163,10 @@ def _exact_kl(
     states: Tensor | None,
     logits: Tensor | None,
     *,
-    temperature: float,
+    options: dict[str, Any],
     layout: Layout,
 ) -> Tensor:
-    """(M,) KL(model || reference) from the states of two linear heads of one kind, and from logits otherwise."""
+    """(M,) divergence of `options["kind"]` from the states of two linear heads of one kind, from logits otherwise."""
     route = find_route(reference, layout)
     with torch.no_grad():
         if route.fused_head:
@@ -119,18 +179,19 @@ def _exact_kl(
         if shared == dict(scale=theirs["scale"], softcap=theirs["softcap"]):
             biases = dict(policy_bias=ours["bias"], ref_bias=theirs["bias"])
             heads = (states, ours["weight"], ref_states, theirs["weight"])
-            return linear_kl(*heads, temperature=temperature, **biases, **shared)[0]
+            return linear_kl(*heads, **options, **biases, **shared)[0]
     logits = _head_logits(model, states) if logits is None else logits
     with torch.no_grad():
         ref_logits = _head_logits(reference, ref_states) if ref_logits is None else ref_logits
-    return kl_divergence(logits, ref_logits, temperature=temperature)[0]
+    return kl_divergence(logits, ref_logits, **options)[0]
 
 
 def summed_loss(
     model: nn.Module,
     batch: PackedBatch,
-    loss: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]],
+    loss: Callable[..., tuple[Tensor, dict[str, Tensor]]],
     *,
+    weights: Tensor | None = None,
     temperature: float = 1.0,
     layout: Layout = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -143,25 +204,40 @@ def summed_loss(
     Args:
         loss: called as loss(logprobs, mask) with some of the completion tokens, both (1, r); returns a scalar and its
             stats, as the functions in `losses` do. Divided by anything but a fixed normalizer, parts do not add up.
+        weights: (B,) of completions; the loss then gets weights=(1, r), those of its tokens.
         temperature: divides the logits.
 
     Returns:
-        the sum, a scalar to call backward on, once; and the log-probs, (B, T) without gradient.
+        the sum, a scalar to call backward on, once; and the log-probs, (B, T) without gradient. Both are of the tokens
+        in `batch.loss_mask` alone: the others never reach the head, and have 0.
     """
     route = find_route(model, layout)
+    learned = batch.loss_mask.flatten()[batch.slots]  # (M,), looked at where the batch was made: no wait for a device
+    kept = None if bool(learned.all()) else learned.nonzero().squeeze(1)
+    if weights is not None:
+        lengths = batch.loss_mask.sum(-1)
+        weights = weights.to(lengths.device).repeat_interleave(lengths).to(device_of(model))
     batch = batch.to(device_of(model))
+    slots, targets = batch.slots, batch.targets
+    if kept is not None:
+        kept = kept.to(batch.slots.device)
+        slots, targets = slots[kept], targets[kept]
 
-    def part(logprobs: Tensor, rows: slice | None = None) -> Tensor:
-        return loss(logprobs[None], torch.ones_like(logprobs, dtype=torch.bool)[None])[0]
+    def part(logprobs: Tensor, rows: slice = slice(None)) -> Tensor:
+        options = {} if weights is None else {"weights": weights[rows][None]}
+        return loss(logprobs[None], torch.ones_like(logprobs, dtype=torch.bool)[None], **options)[0]
 
     if route.fused_head:
         states = completion_states(model, batch, route)
+        states = states if kept is None else states[kept]
         options = dict(temperature=temperature, **_lm_head(model))
-        total, logprobs = linear_token_loss(states, targets=batch.targets, loss=part, **options)
+        total, logprobs = linear_token_loss(states, targets=targets, loss=part, **options)
     else:
-        logprobs, _ = logits_logprobs(_own_logits(model, batch)[1], batch.targets, temperature=temperature)
+        logits = _own_logits(model, batch)[1]
+        logprobs, _ = logits_logprobs(logits if kept is None else logits[kept], targets, temperature=temperature)
         total = part(logprobs)
-    return total, batch.scatter(logprobs.detach())
+    whole = logprobs.new_zeros(batch.loss_mask.numel()).index_copy(0, slots, logprobs.detach())
+    return total, whole.view(batch.loss_mask.shape)
 
 
 def token_values(value_model: nn.Module, batch: PackedBatch, *, layout: Layout = "auto") -> Tensor:
@@ -175,33 +251,59 @@ def token_values(value_model: nn.Module, batch: PackedBatch, *, layout: Layout =
 
 
 def sequence_scores(reward_model: nn.Module, batch: PackedBatch, *, layout: Layout = "auto") -> Tensor:
-    """The reward model's score of each completion, (B,), read at its last token (found by length, never by id)."""
+    """The reward model's score of each completion, (B,), read at its last token (found by length, never by id).
+
+    An ensemble of N heads gives (B, N).
+    """
     batch = batch.to(device_of(reward_model))
     return _score(reward_model, last_states(reward_model, batch, find_route(reward_model, layout)))
 
 
+def token_scores(reward_model: nn.Module, batch: PackedBatch, *, layout: Layout = "auto") -> Tensor:
+    """The score as it stands at each completion token, that token seen, (B, T): of a process reward model, which reads
+    it where a step ends. At a completion's last token it is `sequence_scores`.
+    """
+    batch = batch.to(device_of(reward_model))
+    return batch.scatter(_score(reward_model, _own_states(reward_model, batch, find_route(reward_model, layout))))
+
+
 def pair_logprobs(
-    policy: nn.Module, reference: nn.Module | None, batch: PackedBatch, *, layout: Layout = "auto"
+    policy: nn.Module,
+    reference: nn.Module | None,
+    batch: PackedBatch,
+    *,
+    layout: Layout = "auto",
+    kl: bool = False,
+    agreement: bool = False,
 ) -> dict[str, Tensor]:
     """Log-probs and masks of preference pairs, by the keywords that `preference_loss` takes.
 
     `batch` holds chosen, rejected, chosen, rejected, ... as `preference_batches` makes them. Each tensor is (B, T) for
     B pairs. The reference runs without gradient; with None its log-probs are left out.
+
+    Args:
+        kl: also `chosen_kl`, `rejected_kl`, the exact KL(reference || policy) at each token, with gradient (TDPO).
+        agreement: also `chosen_log_sum_sq_probs` and the rejected one's, which `wpo_weights` is made of.
+
+    Raises ValueError for a batch that is not of pairs, and for a kl without a reference.
     """
     if batch.num_completions % 2:
         raise ValueError(f"{batch.num_completions} completions do not make pairs of chosen and rejected")
-    logprobs, mask = token_logprobs(policy, batch, layout=layout), batch.completion_mask.to(device_of(policy))
-    pairs = dict(
-        chosen_logprobs=logprobs[0::2],
-        rejected_logprobs=logprobs[1::2],
-        chosen_mask=mask[0::2],
-        rejected_mask=mask[1::2],
-    )
+    if kl and reference is None:
+        raise ValueError("kl=True: expected a reference to take it to")
+    options = dict(reference=reference if kl else None, kl_kind="forward", agreement=agreement)
+    outputs = policy_outputs(policy, batch, layout=layout, **options)
+    both = dict(logprobs=outputs.logprobs, mask=batch.loss_mask.to(device_of(policy)))
     if reference is not None:
         with torch.no_grad():
-            ref_logprobs = token_logprobs(reference, batch, layout=layout)
-        pairs |= dict(ref_chosen_logprobs=ref_logprobs[0::2], ref_rejected_logprobs=ref_logprobs[1::2])
-    return pairs
+            both["ref_logprobs"] = token_logprobs(reference, batch, layout=layout)
+    both |= dict(kl=outputs.kl, log_sum_sq_probs=outputs.log_sum_sq_probs)
+    return {
+        f"ref_{side}_logprobs" if name == "ref_logprobs" else f"{side}_{name}": tensor[start::2]
+        for name, tensor in both.items()
+        for start, side in enumerate(("chosen", "rejected"))
+        if tensor is not None
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------- the trunk
@@ -217,33 +319,56 @@ def last_states(model: nn.Module, batch: PackedBatch, route: Route) -> Tensor:
     return _states(model, batch, route, "last_rows")
 
 
+def _own_states(model: nn.Module, batch: PackedBatch, route: Route) -> Tensor:
+    """(M, H) last hidden states at each completion token itself."""
+    return _states(model, batch, route, "own_rows")
+
+
+def _own_rows(batch: PackedBatch, rows: PackedBatch | PaddedBatch) -> Tensor:
+    """(M,) row of each completion token: the one that predicts the token after it, or the completion's last one."""
+    lasts = batch.completion_mask.sum(-1).cumsum(0) - 1
+    return rows.predict_rows.roll(-1).index_copy(0, lasts, rows.last_rows)
+
+
 def _states(model: nn.Module, batch: PackedBatch, route: Route, rows: str) -> Tensor:
     trunk = trunk_of(model)
     if route.layout == "packed":
         with packed_forward():
-            hidden = trunk(
+            hidden = _run(
+                model,
+                trunk,
                 input_ids=batch.input_ids[None],
                 position_ids=batch.position_ids[None],
                 layout=batch.layout,
-                use_cache=False,
             ).last_hidden_state
-        return hidden[0].index_select(0, getattr(batch, rows))
+        return hidden[0].index_select(0, _own_rows(batch, batch) if rows == "own_rows" else getattr(batch, rows))
     padded = batch.padded()
-    hidden = trunk(input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False).last_hidden_state
-    return hidden.flatten(0, 1).index_select(0, getattr(padded, rows))
+    output = _run(model, trunk, input_ids=padded.input_ids, attention_mask=padded.attention_mask)
+    kept = _own_rows(batch, padded) if rows == "own_rows" else getattr(padded, rows)
+    return output.last_hidden_state.flatten(0, 1).index_select(0, kept)
 
 
 def _own_logits(model: nn.Module, batch: PackedBatch, *, with_states: bool = False) -> tuple[Tensor | None, Tensor]:
     """(M, H) states and (M, V) logits by the model's own ordinary forward: the definition, and the last resort."""
     padded = batch.padded()
-    output = model(
+    output = _run(
+        model,
+        model,
         input_ids=padded.input_ids,
         attention_mask=padded.attention_mask,
-        use_cache=False,
         output_hidden_states=with_states,
     )
     states = output.hidden_states[-1].flatten(0, 1).index_select(0, padded.predict_rows) if with_states else None
     return states, output.logits.flatten(0, 1).index_select(0, padded.predict_rows)
+
+
+def _run(model: nn.Module, part: nn.Module, **inputs: Any) -> Any:
+    """A forward of the model's trunk or of all of it, its routers watched where somebody asked for their balance."""
+    watch = watch_of(model)
+    output = part(**inputs, use_cache=False, **({} if watch is None else {"output_router_logits": True}))
+    if watch is not None:
+        watch.note(output, inputs.get("attention_mask"))
+    return output
 
 
 def trunk_of(model: nn.Module) -> nn.Module:
@@ -257,13 +382,22 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def _score(model: nn.Module, states: Tensor) -> Tensor:
-    """A sequence classifier's one label on the given rows, float32."""
-    head = getattr(model, "score", None)
+    """A classifier's one label on the given rows, (R,) float32; (R, N) of an ensemble's N labels."""
+    head = score_head(model)
     if head is None:
         raise ValueError(
             f"{type(model).__name__} has no `score` head; load it with load_reward_model or load_value_model"
         )
     return head(states).squeeze(-1).float()
+
+
+def score_head(model: nn.Module) -> nn.Module | None:
+    """The linear head on each state that a classifier's score comes from; None where there is none.
+
+    Some families name it `classifier` when it reads every token; by that name, read once a sequence, it sits on more.
+    """
+    other = getattr(model, "classifier", None) if "TokenClassification" in type(model).__name__ else None
+    return getattr(model, "score", other)
 
 
 def _lm_head(model: nn.Module) -> dict:
@@ -313,7 +447,8 @@ def find_route(model: nn.Module, layout: Layout = "auto") -> Route:
     if layout not in ("auto", "packed", "padded"):
         raise ValueError(f"layout={layout!r}: expected auto, packed or padded")
     if model not in _verdicts:
-        _verdicts[model] = _probe(model)
+        with router_loss(model, 0.0):  # nobody who watches its routers means the probe
+            _verdicts[model] = _probe(model)
     verdict = _verdicts[model]
     if layout == "packed" and verdict.packed_fault:
         raise ValueError(
@@ -353,6 +488,8 @@ def _probe(model: nn.Module) -> _Verdict:
             own, _ = logits_logprobs(_own_logits(model, batch)[1], batch.targets)
             fused, _ = linear_logprobs(padded_states, targets=batch.targets, **_lm_head(model))
             fused_head = _difference(fused[:, None], own[:, None]) <= _tolerance(model)
+            # An adapter on the head says nothing yet when it is new, and everything later.
+            fused_head = fused_head and not hasattr(model.get_output_embeddings(), "lora_A")
         return _Verdict(_packed_fault(model, batch, padded_states), fused_head)
 
 
@@ -393,7 +530,7 @@ def _probe_batch(model: nn.Module) -> PackedBatch:
     window = _sliding_window(model.config.get_text_config()) or 0
     prompt_length = 9 + (window if window <= 64 else 0)
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = model.get_input_embeddings().weight.shape[0]
 
     def draw(length):
         return torch.randint(vocabulary, (length,), generator=generator).tolist()

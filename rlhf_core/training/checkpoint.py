@@ -23,6 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
+from rlhf_core.models.adapters import adapter_of, adapter_tensors, load_adapter_tensors
+
 logger = logging.getLogger("rlhf_core.training")
 SCHEMA = 1
 
@@ -48,7 +50,7 @@ def save_checkpoint(
     try:
         temporary.mkdir()
         for name, module in modules.items():
-            save_model(module, str(temporary / f"{name}.safetensors"))
+            _save_module(module, temporary / f"{name}.safetensors")
         save_file(_flatten(optimizer), temporary / "optimizer.safetensors")
         (temporary / "config.json").write_text(json.dumps(config, indent=2))
         (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=2))
@@ -110,7 +112,7 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Restore modules and optimizer in place and return the saved state."""
     for name, module in modules.items():
-        load_model(module, str(path / f"{name}.safetensors"))
+        _load_module(module, path / f"{name}.safetensors")
     _unflatten(optimizer, load_file(path / "optimizer.safetensors"))
     return json.loads((path / "state.json").read_text())
 
@@ -119,12 +121,27 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for package in ("rlhf-core", "torch", "transformers", "safetensors", "numpy"):
+    for package in ("rlhf-core", "torch", "transformers", "safetensors", "numpy", "peft", "bitsandbytes"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def _save_module(module: nn.Module, file: Path) -> None:
+    """All of it, or its adapter alone: the rest of such a model does not change, and is where it was read from."""
+    if adapter_of(module) is None:
+        save_model(module, str(file))
+    else:
+        save_file(adapter_tensors(module), file)
+
+
+def _load_module(module: nn.Module, file: Path) -> None:
+    if adapter_of(module) is None:
+        load_model(module, str(file))
+    else:
+        load_adapter_tensors(module, load_file(file))
 
 
 def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -331,6 +331,36 @@ def test_pairs_without_a_reference(make_model):
     assert set(result) == {"chosen_logprobs", "rejected_logprobs", "chosen_mask", "rejected_mask"}
 
 
+@pytest.mark.parametrize("family", ["llama", "capped", "granite"])
+def test_pairs_with_what_tdpo_and_wpo_ask_for(make_model, family):
+    """By the definitions, from logits: KL(reference || policy) with its gradient, the chance that two draws agree."""
+    policy, reference = make_model(family).eval(), make_model(family, seed=1).eval()
+    pairs = [([1, 5, 6], [[7, 8, 2], [9, 2]]), ([1, 3], [[4, 2], [5, 6, 7, 2]])]
+    batch = PackedBatch.pack(pairs)
+    result = pair_logprobs(policy, reference, batch, kl=True, agreement=True)
+    expected_kl = []
+    for i, (prompt, completions) in enumerate(pairs):
+        for side, completion in zip(("chosen", "rejected"), completions, strict=True):
+            row, places = torch.tensor([prompt + completion]), slice(len(prompt) - 1, -1)
+            p = policy(row).logits[0, places].log_softmax(-1)
+            q = reference(row).logits[0, places].log_softmax(-1).detach()
+            kl = (q.exp() * (q - p)).sum(-1)
+            expected_kl.append(kl.sum())
+            length = len(completion)
+            torch.testing.assert_close(result[f"{side}_kl"][i, :length], kl, rtol=1e-4, atol=1e-5)
+            agreement = (2 * p).logsumexp(-1).detach()
+            torch.testing.assert_close(result[f"{side}_log_sum_sq_probs"][i, :length], agreement, rtol=1e-4, atol=1e-5)
+            assert not result[f"{side}_kl"][i, length:].any()
+    assert not result["chosen_log_sum_sq_probs"].requires_grad
+    weights = list(policy.parameters())
+    ours = torch.autograd.grad(result["chosen_kl"].sum() + result["rejected_kl"].sum(), weights)
+    theirs = torch.autograd.grad(torch.stack(expected_kl).sum(), weights)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="kl=True: expected a reference"):
+        pair_logprobs(policy, None, batch, kl=True)
+
+
 def test_an_odd_number_makes_no_pairs(make_model):
     with pytest.raises(ValueError, match="3 completions do not make pairs"):
         pair_logprobs(make_model("llama"), None, PackedBatch.pack([([1], [[2, 3], [4], [5]])]))
