@@ -1,4 +1,4 @@
-"""Controllers: the price of KL, when to stop a batch's updates, and the running moments of scores.
+"""Controllers: the price of KL, when to stop a batch's updates, running means, and the running moments of scores.
 
 Each gives its state as plain numbers and takes it back, so a checkpoint holds it as JSON.
 """
@@ -112,6 +112,32 @@ class KLEarlyStop:
         self.stops = state["stops"]
 
 
+class RunningMean:
+    """The mean of all values so far or, with a momentum m, mostly of the late ones; 0 before the first.
+
+    mean = (sum of value * count) / (sum of count)        or        mean = m * mean + (1 - m) * value
+    """
+
+    def __init__(self, momentum: float | None = None):
+        if momentum is not None and not 0 <= momentum < 1:
+            raise ValueError(f"momentum={momentum}: expected 0 <= momentum < 1")
+        self.momentum, self.mean, self.count = momentum, 0.0, 0
+
+    def update(self, value: float, count: int = 1) -> None:
+        """`value` is itself the mean of so many. One that is not finite changes nothing."""
+        if count == 0 or not math.isfinite(value):
+            return
+        self.count += count
+        share = count / self.count if self.momentum is None else 1 - self.momentum
+        self.mean += share * (value - self.mean)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"mean": self.mean, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.mean, self.count = state["mean"], state["count"]
+
+
 class RunningMoments:
     """Count, mean and spread of all values seen, merged batch by batch (Chan, Golub and LeVeque 1979).
 
@@ -128,11 +154,14 @@ class RunningMoments:
     def __init__(self) -> None:
         self.count, self.mean, self.m2 = 0, 0.0, 0.0
 
-    def update(self, values: Iterable[float], mask: Iterable[bool] | None = None) -> None:
+    def update(self, values: Iterable[float], mask: Iterable[bool] | None = None, *, all_ranks: bool = False) -> None:
         """Takes in a tensor of any shape or a sequence of numbers; `mask`, of the same shape, is True where they count.
 
+        With `all_ranks`, where torch.distributed runs, all that the ranks give: each must call it, and all then hold
+        the same.
+
         Raises ValueError for a number that is not finite, where it counts, and a mask of another size. Then nothing
-        has been taken in.
+        has been taken in. With `all_ranks` every rank raises, so that none waits for another.
         """
         numbers = _flat(values)
         if mask is not None:
@@ -140,6 +169,8 @@ class RunningMoments:
             if len(kept) != len(numbers):
                 raise ValueError(f"mask of {len(kept)} places for {len(numbers)} values")
             numbers = [number for number, keep in zip(numbers, kept, strict=True) if keep]
+        if all_ranks:
+            numbers = _of_all_ranks(numbers)
         for number in numbers:
             if not math.isfinite(number):
                 raise ValueError(f"values hold {number}: expected finite numbers")
@@ -170,3 +201,14 @@ class RunningMoments:
 def _flat(values: Iterable[float]) -> list[float]:
     """Python numbers: of a tensor or any array, all of them; of a sequence, its items."""
     return values.flatten().tolist() if hasattr(values, "flatten") else [float(value) for value in values]
+
+
+def _of_all_ranks(numbers: list[float]) -> list[float]:
+    """The numbers of every rank, in the ranks' order; these alone where there is one process."""
+    from torch import distributed  # the rest of this module needs no torch
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return numbers
+    parts: list[list[float]] = [[] for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(parts, numbers)
+    return [number for part in parts for number in part]

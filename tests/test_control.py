@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_core.control import AdaptiveKL, FixedKL, KLEarlyStop, LinearKL, RunningMoments
+from rlhf_core.control import AdaptiveKL, FixedKL, KLEarlyStop, LinearKL, RunningMean, RunningMoments
 
 
 def after(kl: float, sequences: int, *, start: float = 0.1, target: float = 6.0, horizon: int = 1000) -> float:
@@ -257,3 +257,29 @@ def test_moments_go_through_json_and_continue_exactly():
     for each in (moments, resumed):
         each.update(torch.tensor([0.3, -2.0]))
     assert resumed.state_dict() == moments.state_dict() and resumed.std == moments.std
+
+
+# -------------------------------------------------------------------------------------------------------- running means
+
+
+def test_a_running_mean_by_hand():
+    """Of 1, 1, 4: 2. With momentum 3/4: 1/4, then 3/4 * 1/4 + 1/4 * 4 = 19/16, however many each stands for."""
+    mean, recent = RunningMean(), RunningMean(0.75)
+    assert mean.mean == recent.mean == 0
+    for value, count in ((1.0, 2), (4.0, 1), (math.nan, 5), (7.0, 0)):
+        mean.update(value, count)
+        recent.update(value, count)
+    assert mean.mean == pytest.approx(2)
+    assert recent.mean == pytest.approx(19 / 16)
+    with pytest.raises(ValueError, match="momentum=1: expected 0 <= momentum < 1"):
+        RunningMean(1)
+
+
+def test_a_running_mean_goes_through_json_and_continues_exactly():
+    for momentum in (None, 0.9):
+        mean, resumed = RunningMean(momentum), RunningMean(momentum)
+        mean.update(1 / 3, 7)
+        resumed.load_state_dict(json.loads(json.dumps(mean.state_dict())))
+        for each in (mean, resumed):
+            each.update(0.1, 3)
+        assert resumed.mean == mean.mean

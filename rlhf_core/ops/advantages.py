@@ -160,7 +160,7 @@ def group_advantages(
 
 
 def reinforce_pp_advantages(
-    rewards: Tensor, mask: Tensor, *, gamma: float = 1.0, group_size: int | None = None
+    rewards: Tensor, mask: Tensor, *, gamma: float = 1.0, group_size: int | None = None, all_ranks: bool = False
 ) -> Tensor:
     """REINFORCE++ (Hu et al. 2025, arXiv:2501.03262): whitened over all tokens of the batch, without a critic.
 
@@ -170,6 +170,7 @@ def reinforce_pp_advantages(
     Args:
         rewards: (B, T), the scores and the price of KL, as `kl_penalty` gives them. mask: (B, T) bool.
         group_size: completions of one prompt, adjacent. One without a token has no place in its group's mean.
+        all_ranks: whiten over the tokens of all ranks (`masked_whiten`).
 
     Returns:
         (B, T), mean 0 and variance 1 over the mask, 0 outside it.
@@ -177,12 +178,12 @@ def reinforce_pp_advantages(
     Raises ValueError for a gamma outside 0 to 1, or not 1 with a group_size; and as `rloo_advantages`.
     """
     if group_size is None:
-        return masked_whiten(discounted_returns(rewards, mask, gamma=gamma), mask)
+        return masked_whiten(discounted_returns(rewards, mask, gamma=gamma), mask, all_ranks=all_ranks)
     if gamma != 1:
         raise ValueError(f"gamma={gamma}: a completion's total has no discount, so group_size={group_size} expects 1")
     totals = masked_sum(rewards, mask, -1)
     advantages = group_advantages(totals, group_size=group_size, scale="none", valid=mask.any(-1))
-    return masked_whiten(advantages[:, None].expand_as(mask), mask)
+    return masked_whiten(advantages[:, None].expand_as(mask), mask, all_ranks=all_ranks)
 
 
 def remax_advantages(scores: Tensor, greedy_scores: Tensor) -> Tensor:

@@ -125,6 +125,8 @@ def kl_penalty(
     kl_coef: float,
     estimator: str = "k1",
     kl: Tensor | None = None,
+    with_loss: bool = False,
+    token_scores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Per-token rewards: the price of diverging at every token, and the score on each completion's last token.
 
@@ -135,6 +137,9 @@ def kl_penalty(
         kl_coef: the price of a nat, 0 or more.
         estimator: warns where it is wrong as a reward (the table above).
         kl: (B, T) the exact KL of each position (`kl_full`) instead of an estimate; with "full" and only then.
+        with_loss: the same KL is a loss beside this, with which "full" is right and does not warn.
+        token_scores: (B, T) parts of the scores that are paid at their tokens; the last token gets what is left, so
+            that a completion's rewards still add up to its score less its price.
 
     Returns:
         rewards (B, T) and the unpriced kl (B, T), both 0 outside the mask.
@@ -146,7 +151,8 @@ def kl_penalty(
         raise ValueError(f"kl_coef={kl_coef}: expected 0 or more")
     if (estimator == "full") != (kl is not None):
         raise ValueError(f"estimator={estimator!r} with {'no kl' if kl is None else 'a kl'}: full and kl go together")
-    warn_about_kl(estimator, "reward")
+    if not (with_loss and estimator == "full"):
+        warn_about_kl(estimator, "reward")
     if kl is None:
         logprobs, ref_logprobs = (torch.where(mask, x, 0.0) for x in (logprobs, ref_logprobs))
         kl = kl_estimate(logprobs, ref_logprobs, estimator=estimator)
@@ -154,8 +160,11 @@ def kl_penalty(
     last = torch.where(mask, torch.arange(mask.shape[1], device=mask.device), -1).amax(-1)
     if bool((last < 0).any()):
         raise ValueError("a completion without tokens has no place for its score")
-    rewards = (-kl_coef * kl).scatter_add(1, last[:, None], scores.to(kl.dtype)[:, None])
-    return rewards, kl
+    rewards, scores = -kl_coef * kl, scores.to(kl.dtype)
+    if token_scores is not None:
+        token_scores = torch.where(mask, token_scores, 0.0).to(kl.dtype)
+        rewards, scores = rewards + token_scores, scores - token_scores.sum(-1)
+    return rewards.scatter_add(1, last[:, None], scores[:, None]), kl
 
 
 def warn_about_kl(estimator: str, use: str) -> None:

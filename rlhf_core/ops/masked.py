@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 
 def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
@@ -12,30 +12,57 @@ def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return kept.sum() if dim is None else kept.sum(dim)
 
 
-def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean over True places; 0 where there is none."""
+def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None, *, all_ranks: bool = False) -> Tensor:
+    """Mean over True places; 0 where there is none. With `all_ranks` over those of all ranks (`over_ranks`)."""
     count = mask.sum() if dim is None else mask.sum(dim)
-    return masked_sum(values, mask, dim) / count.clamp(min=1)
+    total = masked_sum(values, mask, dim)
+    if all_ranks:
+        total, count = over_ranks(total, count)
+    return total / count.clamp(min=1)
 
 
-def masked_var(values: Tensor, mask: Tensor, *, unbiased: bool = False) -> Tensor:
-    """Variance over True places; `unbiased` divides by n - 1. 0 where fewer than two take part."""
+def masked_var(values: Tensor, mask: Tensor, *, unbiased: bool = False, all_ranks: bool = False) -> Tensor:
+    """Variance over True places; `unbiased` divides by n - 1. 0 where fewer than two take part. `all_ranks`: as above.
+
+    In two passes: deviations from the mean of all are squared, so values far from 0 keep the digits of their spread.
+    """
     # Masked before it is squared: the gradient of a square is 0 * NaN at a masked NaN.
-    centred = torch.where(mask, values, 0.0) - masked_mean(values, mask)
-    count = mask.sum() - int(unbiased)
-    return masked_sum(centred.square(), mask) / count.clamp(min=1)
+    centred = torch.where(mask, values, 0.0) - masked_mean(values, mask, all_ranks=all_ranks)
+    squares, count = masked_sum(centred.square(), mask), mask.sum()
+    if all_ranks:
+        squares, count = over_ranks(squares, count)
+    return squares / (count - int(unbiased)).clamp(min=1)
 
 
-def masked_whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
+def masked_whiten(
+    values: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-8, all_ranks: bool = False
+) -> Tensor:
     """Scale to variance 1 (biased, as lm-human-preferences does) and, with `shift_mean`, to mean 0; masked places 0.
 
-    `shift_mean=False` keeps the mean as it was before scaling, so only the spread changes.
+    `shift_mean=False` keeps the mean as it was before scaling, so only the spread changes. With `all_ranks` mean and
+    variance are those of the whole batch that the ranks hold together, and each gets its own part of it, whitened.
     """
-    values, mean = torch.where(mask, values, 0.0), masked_mean(values, mask)
-    whitened = (values - mean) * torch.rsqrt(masked_var(values, mask) + eps)
+    values, mean = torch.where(mask, values, 0.0), masked_mean(values, mask, all_ranks=all_ranks)
+    whitened = (values - mean) * torch.rsqrt(masked_var(values, mask, all_ranks=all_ranks) + eps)
     if not shift_mean:
         whitened = whitened + mean
     return torch.where(mask, whitened, 0.0)
+
+
+def over_ranks(*sums: Tensor) -> list[Tensor]:
+    """Each tensor summed over all ranks of torch.distributed, or as it is where there is one process alone.
+
+    Every rank must call it, with tensors of the same shapes. Raises ValueError for a tensor with a gradient, which
+    would be this rank's part of it alone.
+    """
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return list(sums)
+    if any(tensor.requires_grad for tensor in sums):
+        raise ValueError("all_ranks=True: expected numbers without a gradient")
+    summed = [tensor.clone() for tensor in sums]
+    for tensor in summed:
+        distributed.all_reduce(tensor)
+    return summed
 
 
 def pick(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:

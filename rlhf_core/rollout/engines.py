@@ -118,7 +118,7 @@ def sample_from_server(
         refresh_server(policy, tokenizer, config)
     base = config.server_url.rstrip("/").removesuffix("/v1")
     name = config.server_model or _first_model(base, config)
-    vocabulary = policy.get_input_embeddings().num_embeddings
+    vocabulary = policy.get_input_embeddings().weight.shape[0]
 
     def ask(work: tuple[Sequence[int], int]) -> list[tuple[list[int], list[float]]]:
         prompt, seed = work
@@ -155,7 +155,7 @@ def refresh_server(policy: nn.Module, tokenizer: Any, config: SamplingConfig) ->
     Returns when the URL has answered or the command has ended; raises as `sample_from_server` does.
     """
     folder, hook = config.server_weights, config.server_refresh
-    save_model(folder, policy, tokenizer)
+    save_model(folder, policy, tokenizer, merge=True)
     if hook.startswith(("http://", "https://")):
         _send(hook, config, {"path": folder})
         return

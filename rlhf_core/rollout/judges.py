@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core.plugins import import_function
-from rlhf_core.rollout.rewards import TimeIsUp, call_within
+from rlhf_core.rollout.rewards import TimeIsUp, blame, call_within
 from rlhf_core.seeding import generator
 
 
@@ -41,8 +41,8 @@ def function_judge(
     """Verdicts of `function(prompts, firsts, seconds, rows)`: lists of texts (without special tokens) and of data rows.
 
     It returns for each pair 0 where the first completion is better, 1 where the second one is, and None for a tie or
-    where it cannot tell. The judge raises ValueError that names the function where it raises, takes more than `timeout`
-    seconds for a batch, or returns anything else.
+    where it cannot tell. The judge raises ValueError that names the function, and the pair, where it raises, takes more
+    than `timeout` seconds for a batch, or returns anything else.
     """
     name = name or getattr(function, "__name__", str(function))
 
@@ -50,12 +50,13 @@ def function_judge(
         prompts: list[list[int]], firsts: list[list[int]], seconds: list[list[int]], rows: list[dict[str, Any]]
     ) -> Verdicts:
         texts = [tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (prompts, firsts, seconds)]
+        columns = *texts, [dict(row) for row in rows]
+        begin = lambda pair: f"the first completion begins {texts[1][pair][:60]!r}"  # noqa: E731
         try:
-            answers = call_within(timeout, function, *texts, [dict(row) for row in rows])
-        except TimeIsUp as error:
-            raise ValueError(f"judge {name}: no answer within reward_timeout={timeout:g} seconds") from error
-        except Exception as error:
-            raise ValueError(f"judge {name}: {type(error).__name__}: {error}") from error
+            answers = call_within(timeout, function, *columns)
+        except (Exception, TimeIsUp) as error:
+            fault = blame(error, function, timeout, *columns, begin=begin, what="pair")
+            raise ValueError(f"judge {name}: {fault}") from error
         answers = answers.tolist() if isinstance(answers, Tensor | np.ndarray) else answers
         sized = isinstance(answers, Sequence) and not isinstance(answers, str)
         if not sized or len(answers) != len(prompts):
@@ -68,7 +69,7 @@ def function_judge(
             if answer is not None and not (number and answer in (0, 1)):
                 raise ValueError(
                     f"judge {name}: pair {pair} got {answer!r}, expected 0 (the first is better), 1 (the second) or "
-                    f"None; the first completion begins {texts[1][pair][:60]!r}"
+                    f"None; {begin(pair)}"
                 )
         return Verdicts(
             second=torch.tensor([answer == 1 for answer in answers]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import inspect
 import logging
 import math
 import signal
@@ -9,16 +11,18 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_core.batch import PackedBatch
 from rlhf_core.config import ModelConfig, ScoringConfig
 from rlhf_core.data.sources import DataError
+from rlhf_core.losses.reward import ensemble_scores
 from rlhf_core.models.forward import Layout, sequence_scores
 from rlhf_core.models.load import freeze, load_reward_model, same_vocabulary
 from rlhf_core.plugins import import_function
@@ -35,6 +39,16 @@ class Scores(NamedTuple):
     valid: Tensor  # (B,) bool: False where a source whose weight is not 0 gave None; the sample is to be left out
     components: dict[str, Tensor]  # by the source's name, (B,) float32 before its weight, NaN where it gave None
     seconds: dict[str, float]  # by the source's name, how long it took
+    tokens: Tensor | None = None  # (B, T) float32: the part of the total that belongs to single tokens; None is none
+
+    def keep(self, rows: Tensor | slice) -> Scores:
+        """Those of some rows: a slice, a bool (B,) or numbers."""
+        return self._replace(
+            total=self.total[rows],
+            valid=self.valid[rows],
+            components={name: values[rows] for name, values in self.components.items()},
+            tokens=None if self.tokens is None else self.tokens[rows],
+        )
 
 
 Reward = Callable[[list[list[int]], list[list[int]], list[dict[str, Any]]], Scores]
@@ -52,7 +66,7 @@ def configured_reward(config: ScoringConfig, policy_tokenizer: Any, *, device: s
     taken = [*names, "model"]
     rewards = []
     if config.reward_model is not None:
-        options = dict(device=device, end_unfinished=config.end_unfinished)
+        options = dict(device=device, end_unfinished=config.end_unfinished, lcb_coef=config.reward_lcb)
         rewards.append(load_model_reward(config.reward_model, policy_tokenizer, **options))
     for (spec, kind, function), name in zip(functions, names, strict=True):
         options = dict(name=name if taken.count(name) == 1 else spec, kind=kind, timeout=config.reward_timeout)
@@ -74,11 +88,13 @@ def weighted_sum(rewards: Sequence[Reward], weights: Sequence[float]) -> Reward:
         if not total.isfinite().all():
             i = int((~total.isfinite()).nonzero()[0])
             raise ValueError(f"reward_weights={tuple(weights)}: the sum of sample {i} is {total[i]}, expected less")
+        paid = [weight * part.tokens for part, weight in counted if part.tokens is not None]
         return Scores(
             total=torch.where(valid, total, 0.0),
             valid=valid,
             components={name: values for part in parts for name, values in part.components.items()},
             seconds={name: seconds for part in parts for name, seconds in part.seconds.items()},
+            tokens=torch.where(valid[:, None], torch.stack(paid).sum(0), 0.0) if paid else None,
         )
 
     return score
@@ -95,18 +111,23 @@ def model_reward(
     batch_size: int = 64,
     layout: Layout = "auto",
     end_unfinished: bool = False,
+    lcb_coef: float = 0.0,
     name: str = "model",
 ) -> Reward:
     """Scores of a reward model. Token ids are passed as they are where both share a vocabulary, else the texts.
+
+    An ensemble's score is the mean of its members, less `lcb_coef` times their standard deviation.
 
     With `end_unfinished` a completion that was cut off is scored as if its end token had followed. A prompt loses its
     left where the model has no positions for all of it, as in data. The reward raises ValueError for a score that is
     not finite and for a completion that alone is too long.
     """
     translate = not same_vocabulary(reward_tokenizer, policy_tokenizer)
-    labels = reward_model.config.num_labels
-    if labels != 1:
+    labels, ensemble = reward_model.config.num_labels, getattr(reward_model.config, "reward_ensemble", False)
+    if labels != 1 and not ensemble:
         raise ValueError(f"{type(reward_model).__name__} has {labels} labels; a reward model has one")
+    if lcb_coef and labels == 1:
+        raise ValueError(f"reward_lcb={lcb_coef}: the reward model has one head, expected an ensemble, or 0")
     positions = getattr(reward_model.config, "max_position_embeddings", None)
 
     @torch.no_grad()
@@ -124,7 +145,8 @@ def model_reward(
             for start in range(0, len(prompts), batch_size):
                 part = slice(start, start + batch_size)
                 batch = PackedBatch.pack([(p, [c]) for p, c in zip(prompts[part], completions[part], strict=True)])
-                scores.append(sequence_scores(reward_model, batch, layout=layout).cpu())
+                members = sequence_scores(reward_model, batch, layout=layout).cpu()
+                scores.append(members if labels == 1 else ensemble_scores(members.T, lcb_coef=lcb_coef))
         values = torch.cat(scores)
         if not values.isfinite().all():
             i = int((~values.isfinite()).nonzero()[0])
@@ -157,13 +179,14 @@ def _fit(prompts: list[list[int]], completions: list[list[int]], positions: int,
 
 
 def load_model_reward(
-    source: ModelConfig, policy_tokenizer: Any, *, device: str | None = None, end_unfinished: bool = False
+    source: ModelConfig, policy_tokenizer: Any, *, device: str | None = None, **options: Any
 ) -> Reward:
-    """The frozen reward model of a config, as a reward for completions in the policy's tokens (see `model_reward`)."""
-    reward_model, reward_tokenizer = load_reward_model(source.path, device=device, **source.options())
-    return model_reward(
-        freeze(reward_model), reward_tokenizer, policy_tokenizer, layout=source.layout, end_unfinished=end_unfinished
-    )
+    """The frozen reward model of a config, as a reward for completions in the policy's tokens (see `model_reward`).
+
+    Raises ValueError for a policy, whose score head would be new and random.
+    """
+    reward_model, reward_tokenizer = load_reward_model(source.path, device=device, new_head=False, **source.options())
+    return model_reward(freeze(reward_model), reward_tokenizer, policy_tokenizer, layout=source.layout, **options)
 
 
 # ------------------------------------------------------------------------------------------------------------ functions
@@ -179,8 +202,20 @@ def function_reward(
 ) -> Reward:
     """Scores of `function(prompts, completions, records)`: lists of texts (without special tokens) and of data rows.
 
-    It returns a finite number for each completion, or None for one that is to be left out. When it raises, or is not
-    done after `timeout` seconds, it is called once more with one sample after the other, to name the one to blame.
+    A function with a parameter `completion_ids` is also given the completions' tokens, by that name: lists of ids, an
+    end token included.
+
+    It returns for each completion one of these, all numbers finite:
+
+    - a number;
+    - None, for one that is to be left out;
+    - a list (tuple, tensor, array) of numbers, one for each of its tokens, an end token included;
+    - a dictionary of numbers by their places in its text: {17: 0.5} belongs to the token that holds character 17, and
+      the length of the text stands for the last token.
+
+    Where it gave more than one number for a completion its score is their sum, and `Scores.tokens` says where they
+    belong. When it raises, or is not done after `timeout` seconds, it is called once more with one sample after the
+    other, to name the one to blame.
 
     Args:
         name: of the component, and in messages; the function's own if not given. kind: what to call it there.
@@ -188,39 +223,105 @@ def function_reward(
     The reward raises ValueError that names function and sample for all that is no score.
     """
     name = name or getattr(function, "__name__", str(function))
+    with_ids = _has_parameter(function, "completion_ids")
+
+    def answer_to(prompts: list[str], completions: list[str], rows: list[dict[str, Any]], ids: list[list[int]]) -> Any:
+        """As a list if it is a sequence of any kind."""
+        answer = function(prompts, completions, rows, **({"completion_ids": ids} if with_ids else {}))
+        if isinstance(answer, Tensor):
+            answer = answer.detach().cpu()
+        listable = isinstance(answer, Iterable) and not isinstance(answer, str | Mapping | Set)
+        return list(answer) if listable and getattr(answer, "ndim", 1) else answer
 
     def score(prompts: list[list[int]], completions: list[list[int]], rows: list[dict[str, Any]]) -> Scores:
         began = time.perf_counter()
         prompts = policy_tokenizer.batch_decode(prompts, skip_special_tokens=True)
-        completions = policy_tokenizer.batch_decode(completions, skip_special_tokens=True)
-        columns = prompts, completions, [dict(row) for row in rows]  # what a function does to a row, it does to a copy
+        texts = policy_tokenizer.batch_decode(completions, skip_special_tokens=True)
+        # What a function does to a row or to ids, it does to a copy.
+        columns = prompts, texts, [dict(row) for row in rows], [list(ids) for ids in completions]
         try:
-            answer = call_within(timeout, _ask, function, *columns)
+            answer = call_within(timeout, answer_to, *columns)
         except (Exception, TimeIsUp) as error:
-            raise ValueError(f"{kind} {name}: {_blame(error, function, timeout, *columns)}") from error
-        if not isinstance(answer, list) or len(answer) != len(completions):
+            fault = blame(error, answer_to, timeout, *columns, begin=lambda i: _begin(texts[i]))
+            raise ValueError(f"{kind} {name}: {fault}") from error
+        if not isinstance(answer, list) or len(answer) != len(texts):
             got = f"{len(answer)} scores" if isinstance(answer, list) else repr(answer)
-            raise ValueError(f"{kind} {name}: {got} for {len(completions)} completions")
-        values = []
+            raise ValueError(f"{kind} {name}: {got} for {len(texts)} completions")
+        values, tokens = [], []
         for i, one in enumerate(answer):
-            values.append(math.nan if one is None else _number(one))
-            if values[-1] is None:
-                raise ValueError(
-                    f"{kind} {name}: sample {i} got {one!r}, expected a finite number, or None to leave it out; "
-                    + _begin(completions[i])
-                )
-        return _of_one_source(name, torch.tensor(values), time.perf_counter() - began)
+            try:
+                value, own = _read_score(one, completions[i], texts[i], policy_tokenizer)
+            except ValueError as fault:
+                raise ValueError(f"{kind} {name}: sample {i} {fault}; {_begin(texts[i])}") from None
+            values.append(value)
+            tokens.append(torch.zeros(len(completions[i])) if own is None else torch.tensor(own))
+        scores = _of_one_source(name, torch.tensor(values), time.perf_counter() - began)
+        several = any(isinstance(one, Mapping) or _is_sequence(one) for one in answer)
+        return scores._replace(tokens=pad_sequence(tokens, batch_first=True)) if several else scores
 
     return score
 
 
-def _ask(function: Function, *columns: list) -> Any:
-    """The function's answer, as a list if it is a sequence of any kind."""
-    answer = function(*columns)
-    if isinstance(answer, Tensor):
-        answer = answer.detach().cpu()
-    listable = isinstance(answer, Iterable) and not isinstance(answer, str | Mapping | Set)
-    return list(answer) if listable and getattr(answer, "ndim", 1) else answer
+def _has_parameter(function: Function, name: str) -> bool:
+    try:
+        return name in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some that are written in C do not say
+        return False
+
+
+def _read_score(answer: Any, ids: list[int], text: str, tokenizer: Any) -> tuple[float, list[float] | None]:
+    """One completion's score, NaN for none, and what of it belongs to each token, if anything does.
+
+    Raises ValueError: "got ..., expected ...".
+    """
+    if answer is None:
+        return math.nan, None
+    if isinstance(answer, Mapping):
+        return _read_places(answer, ids, text, tokenizer)
+    if not _is_sequence(answer):
+        number = _number(answer)
+        if number is None:
+            raise ValueError(f"got {answer!r}, expected a finite number, or None to leave it out")
+        return number, None
+    numbers = [_number(one) for one in answer]
+    if len(numbers) != len(ids):
+        raise ValueError(f"got {len(numbers)} numbers, expected one for each of its {len(ids)} tokens")
+    if None in numbers:
+        t = numbers.index(None)
+        raise ValueError(f"got {answer[t]!r} for token {t}, expected a finite number")
+    return _sum(numbers), numbers
+
+
+def _read_places(answer: Mapping, ids: list[int], text: str, tokenizer: Any) -> tuple[float, list[float]]:
+    """The same for numbers by their places in the text."""
+    numbers = [0.0] * len(ids)
+    for place, value in answer.items():
+        number = _number(value)
+        if number is None:
+            raise ValueError(f"got {value!r} for character {place!r}, expected a finite number")
+        if not isinstance(place, Integral) or isinstance(place, bool) or not 0 <= place <= len(text):
+            raise ValueError(f"got a number for character {place!r}, expected one from 0 to {len(text)}")
+        # The first token after which the text is longer than that.
+        token = len(ids) - 1
+        if place < len(text):
+            ends = lambda k: len(tokenizer.decode(ids[: k + 1], skip_special_tokens=True))  # noqa: E731
+            token = min(bisect.bisect_right(range(len(ids)), int(place), key=ends), len(ids) - 1)
+        numbers[token] += number
+    return _sum(numbers), numbers
+
+
+def _is_sequence(answer: Any) -> bool:
+    """Whether a completion got a list of numbers; a tensor or an array of one number alone is that number."""
+    if isinstance(answer, Tensor | np.ndarray):
+        return answer.ndim == 1 and len(answer) != 1
+    return isinstance(answer, list | tuple)
+
+
+def _sum(numbers: list[float]) -> float:
+    total = _number(math.fsum(numbers))
+    if total is None:
+        raise ValueError(f"got numbers whose sum is {math.fsum(numbers)}, expected a finite one")
+    return total
 
 
 def _number(value: Any) -> float | None:
@@ -242,15 +343,27 @@ def _begin(completion: str) -> str:
     return f"its completion begins {completion[:60]!r}"
 
 
-def _blame(error: BaseException, function: Function, timeout: float | None, *columns: list) -> str:
-    """What went wrong, and with which sample: each is given to the function alone, until one fails or time is up."""
-    sample = 0
+def blame(
+    error: BaseException,
+    function: Callable[..., Any],
+    timeout: float | None,
+    *columns: list,
+    begin: Callable[[int], str],
+    what: str = "sample",
+) -> str:
+    """What went wrong in `function(*columns)`, and with which sample: each row of the columns is given to the function
+    alone, until one fails or time is up.
+
+    Args:
+        begin: a sample's number -> how to recognise it. what: to call a sample, `sample` or `pair`.
+    """
+    row = 0
 
     def one_by_one() -> None:
-        nonlocal sample
-        for row in zip(*columns, strict=True):
-            _ask(function, *([value] for value in row))
-            sample += 1
+        nonlocal row
+        for values in zip(*columns, strict=True):
+            function(*([value] for value in values))
+            row += 1
 
     def trouble(error: BaseException) -> str:
         if isinstance(error, TimeIsUp):
@@ -263,10 +376,10 @@ def _blame(error: BaseException, function: Function, timeout: float | None, *col
     try:
         call_within(timeout, one_by_one)
     except (Exception, TimeIsUp) as again:
-        return f"sample {sample}: {trouble(again)}; {_begin(columns[1][sample])}"
+        return f"{what} {row}: {trouble(again)}; {begin(row)}"
     return (
-        f"{trouble(error)} for {len(columns[0])} samples together, though each alone is answered; "
-        f"the first of them: {_begin(columns[1][0])}"
+        f"{trouble(error)} for {len(columns[0])} {what}s together, though each alone is answered; "
+        f"the first of them: {begin(0)}"
     )
 
 

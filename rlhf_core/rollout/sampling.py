@@ -10,11 +10,12 @@ import contextlib
 import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from rlhf_core.batch import PackedBatch
 from rlhf_core.models.forward import device_of, evaluating, find_route, trunk_of
@@ -98,6 +99,7 @@ def sample(
     temperature: float = 1.0,
     batch_size: int = 64,
     value_head: Callable[[Tensor], Tensor] | None = None,
+    cache: Literal["dynamic", "static"] = "dynamic",
 ) -> Rollout:
     """`n` completions of each prompt, sampled at `temperature` (0: the likeliest token) until a stop token.
 
@@ -108,6 +110,10 @@ def sample(
     Args:
         value_head: (B, H) states of the policy's trunk to (B,) values, such as a `ValueHead`. The value of the state
             that each token was sampled from is recorded.
+        cache: of keys and values. "dynamic" grows, and rows that have ended leave it. "static" has its full length from
+            the beginning and rows stay, so that no shape ever changes, as compilers and CUDA graphs want it. The two
+            differ by rounding alone, because attention then sums over empty places too, of weight 0. A model that
+            cannot take the packed layout has neither: it reads everything anew at each token.
 
     Raises:
         ValueError: for an empty prompt, no prompts at all, n < 1, and logits that are not finite.
@@ -133,6 +139,7 @@ def sample(
                 stop_ids,
                 temperature,
                 value_head,
+                cache,
             )
     if not logprobs.isfinite().all():
         row, t = (~logprobs.isfinite()).nonzero()[0].tolist()
@@ -172,6 +179,7 @@ def _decode(
     stop_ids: frozenset[int],
     temperature: float,
     value_head: Callable[[Tensor], Tensor] | None,
+    cache: Literal["dynamic", "static"],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, log-probs and values, each (B, T) on the CPU; what comes after a row's stop token means nothing.
 
@@ -183,8 +191,11 @@ def _decode(
     logprobs, values = torch.zeros_like(uniforms, dtype=torch.float32), torch.zeros_like(uniforms, dtype=torch.float32)
     rows = torch.arange(len(uniforms), device=device)  # those that are still decoded
     running = torch.ones_like(rows, dtype=torch.bool)
-    decode = _with_cache if find_route(policy).layout == "packed" else _without_cache
-    decoder = decode(policy, prompts, owners.to(device))
+    if find_route(policy).layout == "packed":
+        longest = max(map(len, prompts)) + uniforms.shape[1]
+        decoder = _with_cache(policy, prompts, owners.to(device), longest if cache == "static" else None)
+    else:
+        decoder = _without_cache(policy, prompts, owners.to(device))
     logits, states = next(decoder)
     for t in range(uniforms.shape[1]):
         token, logprob = choose(logits, uniforms[rows, t], temperature)
@@ -196,7 +207,7 @@ def _decode(
         if ended == len(rows) or t + 1 == uniforms.shape[1]:
             break
         kept = None
-        if ended > _ENDED_SHARE * len(rows):
+        if ended > _ENDED_SHARE * len(rows) and cache == "dynamic":
             kept = running.nonzero().squeeze(1)
             rows, running, token = rows[kept], running[kept], token[kept]
         logits, states = decoder.send((token, kept))
@@ -244,10 +255,12 @@ Decoder = Generator[tuple[Tensor, Tensor], tuple[Tensor, Tensor | None], None]
 (B,) tokens, and which of the rows these belong to where some leave the batch (else None)."""
 
 
-def _with_cache(policy: nn.Module, prompts: Sequence[Sequence[int]], owners: Tensor) -> Decoder:
+def _with_cache(
+    policy: nn.Module, prompts: Sequence[Sequence[int]], owners: Tensor, longest: int | None = None
+) -> Decoder:
     """Every prompt goes through the model once, then its keys and values are handed to all rows that continue it.
 
-    Prompts are padded on the left, so all end alike.
+    Prompts are padded on the left, so all end alike. `longest` tokens is what a static cache has room for.
     """
     device = owners.device
     width = max(len(prompt) for prompt in prompts)
@@ -256,8 +269,11 @@ def _with_cache(policy: nn.Module, prompts: Sequence[Sequence[int]], owners: Ten
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    cache = DynamicCache(config=policy.config)
-    cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    if longest is None:
+        cache = DynamicCache(config=policy.config)
+        cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    else:
+        cache = StaticCache(config=policy.config, max_cache_len=longest)
     spread = owners if len(owners) > len(prompts) else None  # until the prompts' own turn is over
     while True:
         with _watching(policy) as states:
@@ -274,11 +290,21 @@ def _with_cache(policy: nn.Module, prompts: Sequence[Sequence[int]], owners: Ten
         if spread is not None:
             kept, spread = spread if kept is None else spread[kept], None
         if kept is not None:
-            cache.batch_select_indices(kept)
+            _select_rows(cache, kept)
             mask, positions = mask[kept], positions[kept]
         input_ids = token[:, None]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         positions = positions[:, -1:] + 1
+
+
+def _select_rows(cache: Cache, rows: Tensor) -> None:
+    """The given rows of every layer's keys and values, in their order, any of them more than once."""
+    for layer in cache.layers:
+        if isinstance(layer, StaticLayer):  # which has no such function of its own
+            layer.keys, layer.values = layer.keys.index_select(0, rows), layer.values.index_select(0, rows)
+            layer.batch_size = len(rows)
+        else:
+            layer.batch_select_indices(rows)
 
 
 def _without_cache(policy: nn.Module, prompts: Sequence[Sequence[int]], owners: Tensor) -> Decoder:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +72,7 @@ def roll_out(
         return sample_continuously(policy, prompts, n, sampling, **options)
     if sampling.engine == "server":
         return sample_from_server(policy, tokenizer, prompts, n, sampling, **options)
-    limits = dict(max_new_tokens=sampling.max_new_tokens, batch_size=sampling.batch_size)
+    limits = dict(max_new_tokens=sampling.max_new_tokens, batch_size=sampling.batch_size, cache=sampling.kv_cache)
     return sample(policy, prompts, n=n, temperature=sampling.temperature, **limits, **options)
 
 
@@ -110,8 +110,8 @@ def recall(
     config: OnPolicyConfig,
     function: Callable[[PackedBatch], PolicyOutputs],
     batches: list[Tensor] | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probs (B, T) of the whole rollout, and values if any, a micro-batch at a time and without gradient.
+) -> PolicyOutputs:
+    """What `function` says of the whole rollout, each (B, T), a micro-batch at a time and without gradient.
 
     `batches` says which rows go together, each row once; rows in none of them are 0. If not given, all in their order.
     """
@@ -122,11 +122,13 @@ def recall(
         outputs = [function(rollout.pack(rows.tolist(), width=width)) for rows in batches]
     rows = torch.cat([*batches]).to(outputs[0].logprobs.device)
 
-    def in_order(parts: list[Tensor]) -> Tensor:
+    def in_order(parts: list[Tensor | None]) -> Tensor | None:
+        if parts[0] is None:
+            return None
         return parts[0].new_zeros(len(rollout.prompts), width).index_copy(0, rows, torch.cat(parts))
 
-    values = None if outputs[0].values is None else in_order([output.values for output in outputs])
-    return in_order([output.logprobs for output in outputs]), values
+    names = [field.name for field in fields(PolicyOutputs)]
+    return PolicyOutputs(**{name: in_order([getattr(output, name) for output in outputs]) for name in names})
 
 
 def shuffled_minibatches(num_rows: int, size: int, epochs: int, *, seed: int, step: int) -> Iterator[Tensor]:
@@ -134,6 +136,22 @@ def shuffled_minibatches(num_rows: int, size: int, epochs: int, *, seed: int, st
     for epoch in range(epochs):
         order = torch.randperm(num_rows, generator=generator(seed, "minibatches", step, epoch))
         yield from order.split(size)
+
+
+def first_epoch(order: Sequence[Tensor], micro_size: int) -> list[Tensor] | None:
+    """The micro-batches of the first pass over the rows in `order`, minibatches of all epochs; None if there are none.
+
+    What `recall` is asked in these very batches, the updates of that pass compute again to the last bit, so the first
+    ratio is 1.
+    """
+    batches: list[Tensor] = []
+    missing = len(torch.cat([*order]).unique()) if order else 0
+    for minibatch in order:
+        if not missing:
+            break
+        batches += minibatch.split(micro_size)
+        missing -= len(minibatch)
+    return batches or None
 
 
 # ------------------------------------------------------------------------------ for loops without a critic of their own
@@ -152,13 +170,16 @@ class Actors(NamedTuple):
 
 def load_actors(config: OnPolicyConfig) -> Actors:
     """Everything that the settings of a run name."""
-    policy, tokenizer = load_policy(config.model.path, device=config.device, **config.model.options())
+    held = dict(device=config.device, quantize=config.quantize)
+    options = dict(lora=config.lora, seed=config.seed, **held, **config.model.options())
+    policy, tokenizer = load_policy(config.model.path, **options)
     source = config.reference or config.model
+    held |= dict(policy=policy, follows=getattr(config, "reference_update", "none") != "none")
     options = dict(need="prompts", model=policy, reserve=config.sampling.max_new_tokens)
     return Actors(
         policy=policy,
         tokenizer=tokenizer,
-        reference=load_reference(source.path, policy_tokenizer=tokenizer, device=config.device, **source.options()),
+        reference=load_reference(source.path, policy_tokenizer=tokenizer, **held, **source.options()),
         reward=load_reward(config, tokenizer),
         examples=load_examples(config.data, tokenizer, **options),
         held_out=load_examples(config.eval_data, tokenizer, **options) if config.eval_data else [],
@@ -166,11 +187,18 @@ def load_actors(config: OnPolicyConfig) -> Actors:
 
 
 def policy_forward(
-    model: nn.Module, batch: PackedBatch, config: OnPolicyConfig, *, entropy: bool = False
+    model: nn.Module,
+    batch: PackedBatch,
+    config: OnPolicyConfig,
+    *,
+    entropy: bool = False,
+    reference: nn.Module | None = None,
 ) -> PolicyOutputs:
-    """Log-probs, and on request entropies, of the distribution that was sampled from: at its temperature."""
+    """Log-probs of the distribution that was sampled from, at its temperature; on request entropies, and with a
+    `reference` the exact KL to it.
+    """
     options = dict(temperature=config.sampling.temperature, layout=config.model.layout)
-    return policy_outputs(model, batch, entropy=entropy, **options)
+    return policy_outputs(model, batch, entropy=entropy, reference=reference, **options)
 
 
 def group_minibatches(
@@ -201,9 +229,11 @@ def rollout_gauges(rollout: Rollout, scores: Scores) -> dict[str, float]:
     }
 
 
-def sequence_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> float:
-    """KL to the reference in nats a completion, the mean over those with a token in the mask, NaN if there are none."""
-    return masked_sum(logprobs - ref_logprobs, mask, -1)[mask.any(-1)].mean().item()
+def sequence_kl(kl: Tensor, mask: Tensor) -> float:
+    """KL in nats a completion: (B, T) of the tokens summed, the mean over completions with a token in the mask, NaN if
+    there are none.
+    """
+    return masked_sum(kl, mask, -1)[mask.any(-1)].mean().item()
 
 
 def evaluate_held_out(
@@ -217,10 +247,12 @@ def evaluate_held_out(
     """Mean score and KL to the reference of one completion for each held-out prompt, always with the same draws."""
     rollout = act(policy, tokenizer, examples, config, "evaluation")
     scores = score(reward, rollout, examples)
-    logprobs, _ = recall(rollout, config, lambda batch: policy_forward(policy, batch, config))
-    ref_logprobs, _ = recall(rollout, config, lambda batch: policy_forward(reference, batch, config))
+    logprobs, ref_logprobs = (
+        recall(rollout, config, lambda batch, model=model: policy_forward(model, batch, config)).logprobs
+        for model in (policy, reference)
+    )
     mask = rollout.pack().completion_mask.to(logprobs.device)
-    gauges = rollout_gauges(rollout, scores) | {"kl": sequence_kl(logprobs, ref_logprobs, mask)}
+    gauges = rollout_gauges(rollout, scores) | {"kl": sequence_kl(logprobs - ref_logprobs, mask)}
     return {f"eval_{name}": gauges[name] for name in ("score", "kl")}
 
 

@@ -22,13 +22,14 @@ completion that the reward gave no score (None) is in nobody's mean and in no lo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_core.config import ConfigError, OnPolicyConfig, did_you_mean, require
+from rlhf_core.config import ConfigError, PolicyGradientConfig, did_you_mean, require
 from rlhf_core.data.loader import count_steps, step_examples
 from rlhf_core.data.tokenize import Example
 from rlhf_core.losses.policy import POLICY_LOSSES, kl_loss, policy_loss
@@ -38,12 +39,14 @@ from rlhf_core.ops.advantages import group_advantages
 from rlhf_core.ops.masked import masked_mean
 from rlhf_core.ops.shaping import overlong_penalty
 from rlhf_core.plugins import import_module
+from rlhf_core.rollout.recorded import Recorded, behaviour, engine_weights
 from rlhf_core.rollout.rewards import Scores
 from rlhf_core.rollout.sampling import Rollout
 from rlhf_core.rollout.steps import (
     act,
     charge_unfinished,
     evaluate_held_out,
+    first_epoch,
     flat_groups,
     group_minibatches,
     load_actors,
@@ -68,7 +71,7 @@ LOSS_OPTIONS = ("clip", "clip_high", "dual_clip", "ratio_max", "temperature_pos"
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPOConfig(OnPolicyConfig):
+class GRPOConfig(PolicyGradientConfig):
     """Improve a policy against a reward without a critic: each completion is held to the others of its prompt."""
 
     loss: str = "grpo"
@@ -155,6 +158,7 @@ def rehearse(config: GRPOConfig) -> None:
             logprobs=one,
             advantages=one,
             mask=mask,
+            weights=None if config.importance == "none" else one,
             max_length=config.sampling.max_new_tokens,
             **config.loss_options(),
         )
@@ -173,7 +177,7 @@ def train(config: GRPOConfig) -> dict[str, float]:
     scale = BY_PAPER.get(config.loss, {}).get("scale", "group") if config.scale == "auto" else config.scale
     entry, options = POLICY_LOSSES[config.loss], config.loss_options()
     whole_groups = dict(group_size=size, size=config.minibatch_size, seed=config.seed)
-    micro_size = config.micro_batch_size or config.minibatch_size
+    micro_size, recorded = config.micro_batch_size or config.minibatch_size, Recorded(config.recorded)
     evaluation: dict[str, float] = {}
 
     def play(rows: list[Example], *purpose: str | int) -> tuple[Rollout, Scores]:
@@ -181,7 +185,9 @@ def train(config: GRPOConfig) -> dict[str, float]:
         rollout = act(policy, tokenizer, rows, config, *purpose, n=size)
         return rollout, score(reward, rollout, rows)
 
-    with Run("grpo", config, total_steps, modules={"policy": policy}, optimizer=optimizer) as run:
+    held = dict(modules={"policy": policy}, optimizer=optimizer, controllers={"recorded": recorded})
+    write = partial(save_model, model=policy, tokenizer=tokenizer)
+    with Run("grpo", config, total_steps, **held, write=write) as run:
         say_how_it_samples(run, policy)
         for step in run.steps():
             rows = step_examples(examples, config.batch_size, seed=config.seed, step=step)
@@ -207,13 +213,12 @@ def train(config: GRPOConfig) -> dict[str, float]:
             takes_part = valid & rollout.finished if config.mask_truncated else valid
 
             mask = (rollout.pack().completion_mask & takes_part[:, None]).to(device)
-            # Asked in the very batches of the first epoch, so that the first ratio is 1 to the last bit.
             order = group_minibatches(takes_part, epochs=config.rollout_epochs, step=step, **whole_groups)
-            first_epoch = group_minibatches(takes_part, epochs=1, step=step, **whole_groups)
-            batches = [part for minibatch in first_epoch for part in minibatch.split(micro_size)] or None
-            ref_logprobs, _ = recall(rollout, config, lambda batch: policy_forward(reference, batch, config), batches)
+            batches = first_epoch(order, micro_size)
+            ref_logprobs = recall(rollout, config, partial(policy_forward, reference, config=config), batches).logprobs
             if len(order) > 1:
-                logprobs, _ = recall(rollout, config, lambda batch: policy_forward(policy, batch, config), batches)
+                ask = partial(policy_forward, policy, config=config)
+                logprobs = behaviour(rollout, config, ask, batches, recorded, run).logprobs.to(device)
             else:  # the only update is made by the policy that sampled, and its own forward will tell
                 logprobs = torch.zeros_like(ref_logprobs)
 
@@ -235,12 +240,14 @@ def train(config: GRPOConfig) -> dict[str, float]:
                     new = policy_forward(policy, batch, config, entropy=True)
                     if len(order) == 1:
                         logprobs[part] = new.logprobs.detach()
+                    weights = engine_weights(logprobs[part], rollout, part, mask[part], config)
                     policy_term, stats = policy_loss(
                         config.loss,
                         new_logprobs=new.logprobs,
                         logprobs=logprobs[part],
                         advantages=advantages[part],
                         mask=mask[part],
+                        weights=weights,
                         **counts,
                         **options,
                     )
@@ -261,9 +268,11 @@ def train(config: GRPOConfig) -> dict[str, float]:
                     (policy_term + config.kl_coef * kl_term).backward()
                     ratios.append(stats.pop("ratio_max"))
                     stats["entropy"] = masked_mean(new.entropy, mask[part])
+                    if weights is not None:
+                        stats["engine_weight"] = masked_mean(weights, mask[part])
                     averages.add(stats, mask[part].sum() / tokens)
                 averages.add(losses | optimizer_step(optimizer, config.optim, step, total_steps))
-            metrics |= {"kl": sequence_kl(logprobs, ref_logprobs, mask)}
+            metrics |= {"kl": sequence_kl(logprobs - ref_logprobs, mask)}
             if ratios:
                 metrics |= averages.means() | {"ratio_max": torch.stack(ratios).max().item()}
 
@@ -271,7 +280,7 @@ def train(config: GRPOConfig) -> dict[str, float]:
                 evaluation = evaluate_held_out(policy, reference, tokenizer, reward, held_out, config)
                 metrics |= evaluation
             run.log(step, metrics, show=("score", "kl", "entropy"))
-        run.save(lambda folder: save_model(folder, policy, tokenizer), summary=evaluation)
+        run.save(summary=evaluation)
     return evaluation
 
 
@@ -291,14 +300,15 @@ def join(first: tuple[Rollout, Scores], second: tuple[Rollout, Scores], kept: Te
     rows = kept.repeat_interleave(rollout.group_size).nonzero().squeeze(1)
     width = max(rollout.logprobs.shape[1], other.logprobs.shape[1])
     logprobs = [F.pad(each, (0, width - each.shape[1])) for each in (rollout.logprobs[rows], other.logprobs)]
+    completions = [rollout.completions[row] for row in rows.tolist()] + other.completions
     joined = Rollout(
         prompts=[rollout.prompts[row] for row in rows.tolist()] + other.prompts,
-        completions=[rollout.completions[row] for row in rows.tolist()] + other.completions,
-        logprobs=torch.cat(logprobs),
+        completions=completions,
+        logprobs=torch.cat(logprobs)[:, : max(map(len, completions))],
         finished=torch.cat([rollout.finished[rows], other.finished]),
         group_size=rollout.group_size,
     )
     total, valid = (
         torch.cat([getattr(scores, name)[rows], getattr(other_scores, name)]) for name in ("total", "valid")
     )
-    return joined, scores._replace(total=total, valid=valid, components={})
+    return joined, scores._replace(total=total, valid=valid, components={}, tokens=None)

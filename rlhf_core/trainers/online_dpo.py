@@ -23,6 +23,7 @@ pair. A step without any pair is skipped: it has no loss and changes no weight. 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -127,7 +128,8 @@ def train(config: OnlineDPOConfig) -> dict[str, float]:
     device, explore = device_of(policy), config.xpo_alpha is not None
     evaluation: dict[str, float] = {}
 
-    with Run("online-dpo", config, total_steps, modules={"policy": policy}, optimizer=optimizer) as run:
+    write = partial(save_model, model=policy, tokenizer=tokenizer)
+    with Run("online-dpo", config, total_steps, modules={"policy": policy}, optimizer=optimizer, write=write) as run:
         say_how_it_samples(run, policy)
         for step in run.steps():
             rows = step_examples(examples, config.batch_size, seed=config.seed, step=step)
@@ -139,13 +141,13 @@ def train(config: OnlineDPOConfig) -> dict[str, float]:
                 rollout = side_by_side(own, act(reference, tokenizer, rows, config, "reference", step))
             ours = slice(None, None, 2 if explore else None)
             mask = rollout.pack().completion_mask.to(device)
-            ref_logprobs, _ = recall(rollout, config, lambda batch: policy_forward(reference, batch, config))
-            kl = sequence_kl(rollout.logprobs.to(device)[ours], ref_logprobs[ours], mask[ours])
+            ref_logprobs = recall(rollout, config, lambda batch: policy_forward(reference, batch, config)).logprobs
+            kl = sequence_kl((rollout.logprobs.to(device) - ref_logprobs)[ours], mask[ours])
 
             # 2. compare. The gauges are of the policy's own completions, and of scores as they were given.
             if judge is None:
                 scores = score(reward, rollout, rows)
-                metrics = rollout_gauges(own, scores_of(scores, ours))
+                metrics = rollout_gauges(own, scores.keep(ours))
                 scores = charge_unfinished(scores, rollout, config.missing_eos_penalty)
                 pairs = best_and_worst(scores, rollout.group_size)
             else:
@@ -194,7 +196,7 @@ def train(config: OnlineDPOConfig) -> dict[str, float]:
                     evaluation = evaluate_judged(policy, reference, tokenizer, judge, held_out, config)
                 metrics |= evaluation
             run.log(step, metrics, show=("score", "win_rate", "kl", "accuracy"))
-        run.save(lambda folder: save_model(folder, policy, tokenizer), summary=evaluation)
+        run.save(summary=evaluation)
     return evaluation
 
 
@@ -242,12 +244,6 @@ def side_by_side(first: Rollout, second: Rollout) -> Rollout:
     )
 
 
-def scores_of(scores: Scores, rows: slice) -> Scores:
-    """Those of some rows."""
-    components = {name: values[rows] for name, values in scores.components.items()}
-    return scores._replace(total=scores.total[rows], valid=scores.valid[rows], components=components)
-
-
 def by_side(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """Rows of chosen, rejected, chosen, rejected, ... by the names that `preference_loss` has for them."""
     return dict(
@@ -273,7 +269,7 @@ def evaluate_judged(
     theirs = act(reference, tokenizer, examples, config, "evaluation of the reference")
     verdicts = ask(judge, side_by_side(ours, theirs), examples, config.seed, "judge of the evaluation")
     wins = torch.where(verdicts.valid, (~verdicts.second).float(), 0.5)
-    ref_logprobs, _ = recall(ours, config, lambda batch: policy_forward(reference, batch, config))
+    ref_logprobs = recall(ours, config, lambda batch: policy_forward(reference, batch, config)).logprobs
     mask = ours.pack().completion_mask.to(ref_logprobs.device)
-    kl = sequence_kl(ours.logprobs.to(ref_logprobs.device), ref_logprobs, mask)
+    kl = sequence_kl(ours.logprobs.to(ref_logprobs.device) - ref_logprobs, mask)
     return {"eval_win_rate": wins.mean().item(), "eval_kl": kl}

@@ -13,10 +13,7 @@ docs/ppo.md goes through the published implementation details one by one and say
 
 from __future__ import annotations
 
-import contextlib
 import math
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.batch import PackedBatch
-from rlhf_core.config import ConfigError, DataConfig, OnPolicyConfig, OptimConfig, require
+from rlhf_core.config import ConfigError, DataConfig, OptimConfig, PolicyGradientConfig, require
 from rlhf_core.control import AdaptiveKL, FixedKL, KLEarlyStop, LinearKL, RunningMoments
 from rlhf_core.data.loader import count_steps, load_examples, micro_batches, step_examples
 from rlhf_core.data.tokenize import Example
@@ -35,42 +32,42 @@ from rlhf_core.losses.value import explained_variance, value_loss
 from rlhf_core.models.forward import (
     PolicyOutputs,
     device_of,
-    find_route,
-    last_states,
     policy_outputs,
-    sequence_scores,
     summed_loss,
     token_values,
 )
 from rlhf_core.models.heads import ValueHead
-from rlhf_core.models.load import load_tokenizer, load_value_model, same_vocabulary, save_model
+from rlhf_core.models.load import load_tokenizer, same_vocabulary, save_model
 from rlhf_core.ops.advantages import gae
 from rlhf_core.ops.kl import kl_penalty
 from rlhf_core.ops.masked import masked_aggregate, masked_mean, masked_whiten
 from rlhf_core.ops.shaping import clip_scores, missing_eos_penalty, scale_scores
+from rlhf_core.rollout.critic import end_values, load_critic, trunk_values
+from rlhf_core.rollout.recorded import Recorded, behaviour, engine_weights
 from rlhf_core.rollout.rewards import Reward, Scores
 from rlhf_core.rollout.sampling import Rollout
 from rlhf_core.rollout.steps import (
     act,
     evaluate_held_out,
+    first_epoch,
     load_actors,
+    policy_forward,
     recall,
     rollout_gauges,
     say_how_it_samples,
     score,
+    sequence_kl,
     shuffled_minibatches,
 )
 from rlhf_core.seeding import generator
 from rlhf_core.training.metrics import Averages
 from rlhf_core.training.optim import build_optimizer, optimizer_step
+from rlhf_core.training.reference import require_same_shape, update_reference
 from rlhf_core.training.run import Run, claim_folder
-
-RECORDED_TOLERANCE = 1e-3
-"""How far, in nats, a log-prob of the decoder may be from that of the update's own forward: 0.1 % of the ratio."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig(OnPolicyConfig):
+class PPOConfig(PolicyGradientConfig):
     """Improve a policy against a reward model or a reward function, held near a reference by a KL price."""
 
     optim: OptimConfig = OptimConfig(schedule="linear", eps=1e-5)
@@ -95,8 +92,10 @@ class PPOConfig(OnPolicyConfig):
     """GAE's lambda."""
     whiten_rewards: bool = False
     """Scale the tokens' rewards, the price of KL in them, to variance 1 over the rollout; their mean stays."""
-    whiten_advantages: bool = True
-    """Bring the tokens' advantages to mean 0 and variance 1 over the rollout."""
+    whiten_advantages: bool | None = None
+    """Bring the tokens' advantages to mean 0 and variance 1 over the rollout. None: where KL is paid in the rewards
+    alone. A loss beside the advantages is not scaled with them, so that its price would mean something else at every
+    step; true with such a loss is allowed, and said."""
     kl_coef: float = 0.05
     """Price of one nat of KL to the reference; where an adaptive or a linear price starts."""
     kl_control: Literal["adaptive", "fixed", "linear"] = "adaptive"
@@ -109,7 +108,7 @@ class PPOConfig(OnPolicyConfig):
     """Where a linear price is at the last step."""
     kl_in: Literal["reward", "loss", "both"] = "reward"
     """Where KL is paid: in each token's reward, as a loss of its own, or in both, as the full KL must be to be right
-    over whole completions. Whitened advantages are scaled, a loss beside them is not."""
+    over whole completions."""
     kl_estimator: Literal["k1", "k2", "k3", "abs", "full"] = "k1"
     """How KL is measured where it is paid: from the sampled tokens (k2 is also called mse), or in full, exactly, over
     the vocabulary. rlhf_core/ops/kl.py tells which are right where; a wrong one warns."""
@@ -140,9 +139,6 @@ class PPOConfig(OnPolicyConfig):
     """Steps between two updates of the reference."""
     reference_rate: float = 0.01
     """How far a moving average goes towards the policy at each update, 0 to 1."""
-    recorded: Literal["off", "auto", "on"] = "off"
-    """Take log-probs and values as recorded while decoding and spare a forward; off keeps the first ratio at 1.
-    They are compared with a forward once a run: where they differ, auto goes on with forwards and on is an error."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -168,6 +164,10 @@ class PPOConfig(OnPolicyConfig):
         require(mixes, "ptx_coef", self.ptx_coef, "more than 0 with ptx_data, 0 without")
 
     @property
+    def whitens(self) -> bool:
+        return self.kl_in == "reward" if self.whiten_advantages is None else self.whiten_advantages
+
+    @property
     def adapts(self) -> bool:
         return self.kl_control == "adaptive" and self.kl_target is not None
 
@@ -185,31 +185,36 @@ def train(config: PPOConfig) -> dict[str, float]:
     total_steps = count_steps(len(examples), config.batch_size, config.epochs, config.max_steps)
     kl_control = build_kl_control(config, total_steps)
     kl_stop = KLEarlyStop(config.kl_stop or math.inf)
-    start_scores, all_scores, recorded = RunningMoments(), RunningMoments(), Recorded(config.recorded)
+    start_scores, all_scores = RunningMoments(), RunningMoments()
+    exact = config.kl_estimator == "full"
+    recorded = Recorded("off" if exact else config.recorded)  # the exact KL asks a forward, which tells the rest
     modules = {"policy": policy, "critic": critic}
     if config.reference_update != "none":
         require_same_shape(reference, policy, config)
         modules["reference"] = reference
     size, micro_size = config.minibatch_size, config.micro_batch_size or config.minibatch_size
-    exact = config.kl_estimator == "full"
     evaluation: dict[str, float] = {}
 
-    run = Run(
-        "ppo",
-        config,
-        total_steps,
-        modules=modules,
-        optimizer=optimizer,
-        controllers={
-            "kl": kl_control,
-            "kl_stop": kl_stop,
-            "start_scores": start_scores,
-            "all_scores": all_scores,
-            "recorded": recorded,
-        },
-    )
+    def ask(batch: PackedBatch) -> PolicyOutputs:
+        """What there is to know before the updates."""
+        return forward(policy, critic, batch, config, reference=reference if exact else None)
+
+    controllers = dict(kl=kl_control, kl_stop=kl_stop, start_scores=start_scores, all_scores=all_scores)
+    controllers["recorded"] = recorded
+
+    def write(folder: Path) -> None:
+        save_model(folder, policy, tokenizer)
+        if isinstance(critic, ValueHead):
+            critic.save(folder)
+        else:
+            save_model(folder / "value_model", critic, tokenizer)
+
+    held = dict(modules=modules, optimizer=optimizer, controllers=controllers, write=write)
+    run = Run("ppo", config, total_steps, **held)
     with run:
         say_how_it_samples(run, policy)
+        if config.whitens and config.kl_in != "reward":
+            run.say("ppo: whiten_advantages scales what KL is held against, not its loss; kl_coef is no price of a nat")
         if config.score_center and start_scores.count == 0:  # else a checkpoint had them
             measure_start(start_scores, policy, tokenizer, examples, reward, config)
         for step in run.steps():
@@ -222,24 +227,24 @@ def train(config: PPOConfig) -> dict[str, float]:
             metrics = rollout_gauges(rollout, scores)
             rollout, paid = learnable(rollout, scores, config, start_scores, all_scores)
             mask = rollout.pack().completion_mask.to(device_of(policy))
-            paid = paid.to(mask.device)
             order = list(shuffled_minibatches(len(mask), size, config.ppo_epochs, seed=config.seed, step=step))
-            # Asked in the very batches of the first epoch, so that the first ratio is 1 to the last bit.
-            first_epoch = order[: math.ceil(len(mask) / size)]
-            batches = [part for minibatch in first_epoch for part in minibatch.split(micro_size)]
-            logprobs, values = behaviour(policy, critic, rollout, batches, config, recorded, run.say)
-            ref_logprobs, _ = recall(rollout, config, lambda batch: forward(reference, None, batch, config))
-            exact_kl = full_kl(policy, reference, rollout, config) if exact else None
+            batches = first_epoch(order, micro_size)
+            old = behaviour(rollout, config, ask, batches, recorded, run)
+            logprobs, exact_kl = old.logprobs.to(mask.device), old.kl
+            values = trunk_values(critic, rollout, config) if old.values is None else old.values.to(mask.device)
+            ref_logprobs = logprobs  # where the exact KL is paid nobody looks at them
+            if not exact:
+                ref_logprobs = recall(rollout, config, lambda batch: policy_forward(reference, batch, config)).logprobs
 
             # 3. credit
             kl_coef = kl_control.kl_coef
             rewards = token_rewards(paid, logprobs, ref_logprobs, mask, exact_kl, kl_coef, config)
             if config.whiten_rewards:
-                rewards = masked_whiten(rewards, mask, shift_mean=False)
+                rewards = masked_whiten(rewards, mask, shift_mean=False, all_ranks=True)
             bootstrap = end_values(policy, critic, rollout, config) if config.missing_eos == "bootstrap" else None
             advantages, returns = gae(rewards, values, mask, gamma=config.gamma, lam=config.lam, bootstrap=bootstrap)
-            if config.whiten_advantages:
-                advantages = masked_whiten(advantages, mask)
+            if config.whitens:
+                advantages = masked_whiten(advantages, mask, all_ranks=True)
 
             # 4. improve
             warming = step <= config.value_warmup
@@ -251,11 +256,13 @@ def train(config: PPOConfig) -> dict[str, float]:
                 for part in minibatch.split(micro_size):
                     batch = rollout.pack(part.tolist(), width=mask.shape[1])
                     new = forward(policy, critic, batch, config, reference=kl_target, detach=warming)
+                    weights = engine_weights(logprobs[part], rollout, part, mask[part], config)
                     policy_term, policy_stats = policy_loss(
                         new_logprobs=new.logprobs,
                         logprobs=logprobs[part],
                         advantages=advantages[part],
                         mask=mask[part],
+                        weights=weights,
                         clip=config.clip,
                         normalizer=tokens,
                     )
@@ -281,6 +288,8 @@ def train(config: PPOConfig) -> dict[str, float]:
                     share = mask[part].sum() / tokens
                     distance = distance + policy_stats["approx_kl"] * share
                     averages.add({"policy_loss": policy_term / share, "value_loss": value_term / share}, share)
+                    if weights is not None:
+                        policy_stats["engine_weight"] = masked_mean(weights, mask[part])
                     averages.add(policy_stats | value_stats | {"entropy": masked_mean(new.entropy, mask[part])}, share)
                 ratio_max = torch.maximum(ratio_max, ratio)
                 if config.kl_stop is not None and kl_stop.stop(distance.item()):
@@ -294,42 +303,26 @@ def train(config: PPOConfig) -> dict[str, float]:
                 averages.add(optimizer_step(optimizer, config.optim, step, total_steps))
                 updates += 1
 
-            sequence_kl = (logprobs - ref_logprobs if exact_kl is None else exact_kl).sum(-1).mean().item()
+            kl = sequence_kl(exact_kl if exact else logprobs - ref_logprobs, mask)
             metrics |= averages.means() | {
                 "ratio_max": ratio_max.item(),
-                "kl": sequence_kl,
+                "kl": kl,
                 "kl_coef": kl_coef,
                 "explained_variance": explained_variance(values, returns, mask).item(),
-                "paid_score": paid.mean().item(),
+                "paid_score": paid.total.mean().item(),
                 "skipped": len(order) - updates,
             }
-            kl_control.update(sequence_kl, len(mask))
+            kl_control.update(kl, len(mask))
             if held_out and run.evaluate_now(step):
                 evaluation = evaluate_held_out(policy, reference, tokenizer, reward, held_out, config)
                 metrics |= evaluation
             run.log(step, metrics, show=("score", "kl", "entropy"))
-            if config.reference_update != "none" and step % config.reference_every == 0:
-                follow(reference, policy, 1.0 if config.reference_update == "sync" else config.reference_rate)
-
-        def write(folder: Path) -> None:
-            save_model(folder, policy, tokenizer)
-            if isinstance(critic, ValueHead):
-                critic.save(folder)
-            else:
-                save_model(folder / "value_model", critic, tokenizer)
-
-        run.save(write, summary=evaluation)
+            update_reference(reference, policy, step, config)
+        run.save(summary=evaluation)
     return evaluation
 
 
 # ------------------------------------------------------------------------------------------------------ before the loop
-
-
-def load_critic(config: PPOConfig, policy: nn.Module) -> nn.Module:
-    if config.value == "head":
-        return ValueHead(policy.config.hidden_size).to(device_of(policy))
-    source = config.model if config.value == "policy" else config.reward_model
-    return load_value_model(source.path, device=config.device, **source.options())
 
 
 def build_kl_control(config: PPOConfig, total_steps: int) -> FixedKL:
@@ -339,12 +332,6 @@ def build_kl_control(config: PPOConfig, total_steps: int) -> FixedKL:
     if config.adapts:
         return AdaptiveKL(config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
     return FixedKL(config.kl_coef)
-
-
-def require_same_shape(reference: nn.Module, policy: nn.Module, config: PPOConfig) -> None:
-    ours, theirs = ({name: p.shape for name, p in model.named_parameters()} for model in (policy, reference))
-    expected = "a reference of the policy's own architecture"
-    require(ours == theirs, "reference_update", config.reference_update, expected)
 
 
 def measure_start(
@@ -360,7 +347,7 @@ def measure_start(
     rows = [examples[order[i % len(order)]] for i in range(config.score_center)]
     rollout = act(policy, tokenizer, rows, config, "score_center")
     scores = score(reward, rollout, rows)
-    moments.update(scores.total[valid_rows(scores)])
+    moments.update(scores.total[valid_rows(scores)], all_ranks=True)
 
 
 # -------------------------------------------------------------------------------------------------------- act and score
@@ -392,7 +379,7 @@ def forward(
         value_head=head,
         reference=reference,
         temperature=config.sampling.temperature,
-        entropy=True,
+        entropy=torch.is_grad_enabled(),  # a gauge of the updates
         entropy_gradient=config.entropy_coef > 0 and torch.is_grad_enabled(),
         layout=config.model.layout,
     )
@@ -401,21 +388,22 @@ def forward(
 
 def learnable(
     rollout: Rollout, scores: Scores, config: PPOConfig, start: RunningMoments, seen: RunningMoments
-) -> tuple[Rollout, Tensor]:
+) -> tuple[Rollout, Scores]:
     """The completions that a step learns from, and what the policy is paid for them: `shape_scores`.
 
     Left out is what got no score and, under missing_eos="mask", what has no end. Raises ValueError where that is all.
     """
-    rollout = rollout.keep(valid_rows(scores))
-    paid = shape_scores(scores.total[scores.valid], rollout.finished, config, start, seen)
+    rows = valid_rows(scores)
+    rollout = rollout.keep(rows)
+    paid = shape_scores(scores.keep(rows), rollout.finished, config, start, seen)
     if config.missing_eos == "mask":
         if not rollout.finished.any():
             raise ValueError(
-                f"missing_eos='mask': none of {len(paid)} completions ended within "
+                f"missing_eos='mask': none of {len(rows)} completions ended within "
                 f"sampling.max_new_tokens={config.sampling.max_new_tokens}, so there is nothing to learn from; "
                 "expected a larger one, or another missing_eos"
             )
-        paid, rollout = paid[rollout.finished], rollout.keep(rollout.finished.nonzero().flatten().tolist())
+        paid, rollout = paid.keep(rollout.finished), rollout.keep(rollout.finished.nonzero().flatten().tolist())
     return rollout, paid
 
 
@@ -427,89 +415,32 @@ def valid_rows(scores: Scores) -> list[int]:
 
 
 def shape_scores(
-    scores: Tensor, finished: Tensor, config: PPOConfig, start: RunningMoments, seen: RunningMoments
-) -> Tensor:
-    """(B,) what the policy is paid for its scores: centred, scaled, clipped, and last the price of a missing end.
+    scores: Scores, finished: Tensor, config: PPOConfig, start: RunningMoments, seen: RunningMoments
+) -> Scores:
+    """What the policy is paid for its scores: centred, scaled, clipped, and last the price of a missing end.
 
     `start` holds the starting policy's scores (its mean is 0 where there are none). `seen` takes these in before it
     scales them. The price of a missing end comes last, so that no clip forgives it and no moment holds it.
+
+    What belongs to single tokens is scaled alike and else left as it is: a completion's last token gets what is left.
     """
-    scores = scores - start.mean
+    total, tokens = scores.total - start.mean, scores.tokens
     if config.score_scale != "none":
-        seen.update(scores)
-        scores = scale_scores(scores, std=seen.std, mean=seen.mean if config.score_scale == "normalize" else 0.0)
+        seen.update(total, all_ranks=True)
+        total = scale_scores(total, std=seen.std, mean=seen.mean if config.score_scale == "normalize" else 0.0)
+        tokens = None if tokens is None else scale_scores(tokens, std=seen.std)
     if config.score_clip is not None:
-        scores = clip_scores(scores, low=-config.score_clip, high=config.score_clip)
+        total = clip_scores(total, low=-config.score_clip, high=config.score_clip)
     if config.missing_eos in ("subtract", "replace"):
-        scores = missing_eos_penalty(scores, finished, penalty=config.missing_eos_penalty, mode=config.missing_eos)
-    return scores
-
-
-class Recorded:
-    """Whether what the decoder recorded may stand for a forward: asked once a run, and kept in its checkpoints."""
-
-    def __init__(self, choice: str):
-        self.choice, self.good = choice, False if choice == "off" else None
-
-    @property
-    def wanted(self) -> bool:
-        return self.good is not False
-
-    def state_dict(self) -> dict[str, bool | None]:
-        return {"good": self.good}
-
-    def load_state_dict(self, state: dict[str, bool | None]) -> None:
-        self.good = state["good"]
-
-
-def behaviour(
-    policy: nn.Module,
-    critic: nn.Module,
-    rollout: Rollout,
-    batches: list[Tensor],
-    config: PPOConfig,
-    recorded: Recorded,
-    say: Callable[[str], None],
-) -> tuple[Tensor, Tensor]:
-    """Log-probs and values (B, T) under the weights that sampled: from forwards of `batches` of rows, or as recorded
-    where that was found good.
-
-    Raises ValueError where recorded="on" and the two differ.
-    """
-    if recorded.good:
-        device, values = device_of(policy), rollout.values
-        if values is None:  # a critic with a trunk of its own saw nothing of the decoding
-            with torch.no_grad():
-                packs = rollout.packs(config.micro_batch_size or config.minibatch_size)
-                values = torch.cat([token_values(critic, batch) for batch in packs])
-        return rollout.logprobs.to(device), values.to(device)
-    logprobs, values = recall(rollout, config, lambda batch: forward(policy, critic, batch, config), batches)
-    if recorded.good is None:
-        gaps = [(rollout.logprobs - logprobs.cpu()).abs().max()]
-        if rollout.values is not None:
-            gaps.append(((rollout.values - values.cpu()).abs() / values.cpu().abs().clamp(min=1)).max())
-        gap = torch.stack(gaps).max().item()
-        recorded.good = gap <= RECORDED_TOLERANCE  # no NaN is
-        if not recorded.good:
-            text = f"what was recorded while decoding is {gap:.2g} from a forward, not within {RECORDED_TOLERANCE}"
-            if recorded.choice == "on":
-                raise ValueError(f"recorded='on': {text}; expected 'off' or 'auto' for this model")
-            say(f"ppo: {text}; log-probs and values come from forwards")
-    return logprobs, values
+        total = missing_eos_penalty(total, finished, penalty=config.missing_eos_penalty, mode=config.missing_eos)
+    return scores._replace(total=total, tokens=tokens)
 
 
 # ---------------------------------------------------------------------------------------------------- credit and losses
 
 
-def full_kl(policy: nn.Module, reference: nn.Module, rollout: Rollout, config: PPOConfig) -> Tensor:
-    """(B, T) KL(policy || reference) at each token, exactly, over the whole vocabulary."""
-    with torch.no_grad():
-        packs = rollout.packs(config.micro_batch_size or config.minibatch_size)
-        return torch.cat([forward(policy, None, batch, config, reference=reference).kl for batch in packs])
-
-
 def token_rewards(
-    scores: Tensor,
+    paid: Scores,
     logprobs: Tensor,
     ref_logprobs: Tensor,
     mask: Tensor,
@@ -517,14 +448,15 @@ def token_rewards(
     kl_coef: float,
     config: PPOConfig,
 ) -> Tensor:
-    """(B, T): the score on each completion's last token and, unless it is a loss alone, the price of KL on all."""
+    """(B, T): what belongs to single tokens, the rest of a completion's score on its last token and, unless it is a
+    loss alone, the price of KL on all.
+    """
+    price = dict(kl_coef=kl_coef, estimator=config.kl_estimator, kl=exact_kl, with_loss=config.kl_in == "both")
     if config.kl_in == "loss":
-        return kl_penalty(scores, logprobs, ref_logprobs, mask, kl_coef=0.0)[0]
-    # The full KL as a reward is wrong alone, but not with its loss beside it.
-    quiet = warnings.catch_warnings(action="ignore") if config.kl_in == "both" else contextlib.nullcontext()
-    price = dict(kl_coef=kl_coef, estimator=config.kl_estimator, kl=exact_kl)
-    with quiet:
-        return kl_penalty(scores, logprobs, ref_logprobs, mask, **price)[0]
+        price = dict(kl_coef=0.0)
+    if paid.tokens is not None:
+        price["token_scores"] = paid.tokens[:, : mask.shape[1]].to(mask.device)
+    return kl_penalty(paid.total.to(mask.device), logprobs, ref_logprobs, mask, **price)[0]
 
 
 def kl_price(
@@ -541,19 +473,6 @@ def kl_price(
     return kl_loss(new.logprobs, ref_logprobs, mask, **options)[0]
 
 
-@torch.no_grad()
-def end_values(policy: nn.Module, critic: nn.Module, rollout: Rollout, config: PPOConfig) -> Tensor:
-    """(B,) the critic's value of the state after the last token of a completion that was cut off, 0 of the others."""
-    values = torch.zeros(len(rollout.completions), device=device_of(policy))
-    for rows in (~rollout.finished).nonzero().flatten().split(config.micro_batch_size or config.minibatch_size):
-        batch = rollout.pack(rows.tolist()).to(values.device)
-        if isinstance(critic, ValueHead):
-            values[rows] = critic(last_states(policy, batch, find_route(policy, config.model.layout)))
-        else:
-            values[rows] = sequence_scores(critic, batch)
-    return values
-
-
 def mix_in(policy: nn.Module, texts: list[Example], config: PPOConfig, step: int, number: int) -> dict[str, Tensor]:
     """Add the gradient of ptx_coef times the mean NLL of this update's texts, which follow from step and number."""
     most = config.ppo_epochs * math.ceil(config.batch_size / config.minibatch_size)
@@ -567,10 +486,3 @@ def mix_in(policy: nn.Module, texts: list[Example], config: PPOConfig, step: int
         loss.backward()
         total += loss.detach()
     return {"ptx_nll": total / config.ptx_coef}
-
-
-@torch.no_grad()
-def follow(reference: nn.Module, policy: nn.Module, rate: float) -> None:
-    """reference += rate (policy - reference), of every weight; a rate of 1 is a copy."""
-    for old, new in zip(reference.parameters(), policy.parameters(), strict=True):
-        old.lerp_(new.to(old.dtype), rate)

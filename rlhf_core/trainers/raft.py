@@ -93,7 +93,8 @@ def train(config: RAFTConfig) -> dict[str, float]:
     device = device_of(policy)
     evaluation: dict[str, float] = {}
 
-    with Run("raft", config, total_steps, modules={"policy": policy}, optimizer=optimizer) as run:
+    write = partial(save_model, model=policy, tokenizer=tokenizer)
+    with Run("raft", config, total_steps, modules={"policy": policy}, optimizer=optimizer, write=write) as run:
         say_how_it_samples(run, policy)
         for step in run.steps():
             rows = step_examples(examples, config.batch_size, seed=config.seed, step=step)
@@ -102,8 +103,8 @@ def train(config: RAFTConfig) -> dict[str, float]:
             rollout = act(policy, tokenizer, rows, config, "rollout", step, n=config.num_generations)
             scores = score(reward, rollout, rows)
             mask, logprobs = rollout.pack().completion_mask.to(device), rollout.logprobs.to(device)
-            ref_logprobs, _ = recall(rollout, config, lambda batch: policy_forward(reference, batch, config))
-            metrics = rollout_gauges(rollout, scores) | {"kl": sequence_kl(logprobs, ref_logprobs, mask)}
+            ref_logprobs = recall(rollout, config, lambda batch: policy_forward(reference, batch, config)).logprobs
+            metrics = rollout_gauges(rollout, scores) | {"kl": sequence_kl(logprobs - ref_logprobs, mask)}
 
             # 3. choose
             scores = charge_unfinished(scores, rollout, config.missing_eos_penalty)
@@ -139,7 +140,7 @@ def train(config: RAFTConfig) -> dict[str, float]:
                 evaluation = evaluate_held_out(policy, reference, tokenizer, reward, held_out, config)
                 metrics |= evaluation
             run.log(step, metrics, show=("score", "kl", "nll"))
-        run.save(lambda folder: save_model(folder, policy, tokenizer), summary=evaluation)
+        run.save(summary=evaluation)
     return evaluation
 
 

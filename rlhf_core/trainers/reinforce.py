@@ -3,7 +3,8 @@
 Each step rolls out one batch of prompts and learns from it:
 
     1. act      one completion for each prompt, or more
-    2. score    one score a completion, on its last token, and on every token minus kl_coef * log(policy / reference)
+    2. score    one score a completion, on its last token, but for parts of it that a reward gives to tokens of their
+                own; and on every token minus kl_coef * log(policy / reference)
     3. credit   each token gets what is still earned from it on, less a baseline:
 
                 none     nothing
@@ -21,11 +22,12 @@ those without a score.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 
-from rlhf_core.config import OnPolicyConfig, require
+from rlhf_core.config import PolicyGradientConfig, require
 from rlhf_core.data.loader import count_steps, step_examples
 from rlhf_core.losses.policy import policy_loss
 from rlhf_core.models.forward import device_of
@@ -33,10 +35,12 @@ from rlhf_core.models.load import save_model
 from rlhf_core.ops.advantages import discounted_returns, reinforce_pp_advantages, remax_advantages
 from rlhf_core.ops.kl import kl_penalty
 from rlhf_core.ops.masked import masked_mean
+from rlhf_core.rollout.recorded import Recorded, behaviour, engine_weights
 from rlhf_core.rollout.steps import (
     act,
     charge_unfinished,
     evaluate_held_out,
+    first_epoch,
     group_minibatches,
     load_actors,
     policy_forward,
@@ -52,7 +56,7 @@ from rlhf_core.training.run import Run, claim_folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReinforceConfig(OnPolicyConfig):
+class ReinforceConfig(PolicyGradientConfig):
     """Improve a policy against a reward by the plain policy gradient, with a baseline or REINFORCE++'s whitening."""
 
     baseline: Literal["none", "mean", "remax", "global"] = "mean"
@@ -102,10 +106,12 @@ def train(config: ReinforceConfig) -> dict[str, float]:
     surrogate = dict(name="reinforce") if config.clip is None else dict(name="ppo", clip=config.clip)
     aggregation = "token" if config.baseline == "global" else "sequence_sum"
     whole_groups = dict(group_size=size, size=config.minibatch_size, seed=config.seed)
-    micro_size = config.micro_batch_size or config.minibatch_size
+    micro_size, recorded = config.micro_batch_size or config.minibatch_size, Recorded(config.recorded)
     evaluation: dict[str, float] = {}
 
-    with Run("reinforce", config, total_steps, modules={"policy": policy}, optimizer=optimizer) as run:
+    held = dict(modules={"policy": policy}, optimizer=optimizer, controllers={"recorded": recorded})
+    write = partial(save_model, model=policy, tokenizer=tokenizer)
+    with Run("reinforce", config, total_steps, **held, write=write) as run:
         say_how_it_samples(run, policy)
         for step in run.steps():
             rows = step_examples(examples, config.batch_size, seed=config.seed, step=step)
@@ -127,34 +133,38 @@ def train(config: ReinforceConfig) -> dict[str, float]:
                 heights = remax_advantages(heights, greedy_scores.total.repeat_interleave(size))
             full_mask = rollout.pack().completion_mask.to(device)
             mask = full_mask & takes_part[:, None].to(device)
-            # Asked in the very batches of the first epoch, so that the first ratio is 1 to the last bit.
-            first_epoch = group_minibatches(takes_part, epochs=1, step=step, **whole_groups)
-            batches = [part for minibatch in first_epoch for part in minibatch.split(micro_size)] or None
-            logprobs, _ = recall(rollout, config, lambda batch: policy_forward(policy, batch, config), batches)
-            ref_logprobs, _ = recall(rollout, config, lambda batch: policy_forward(reference, batch, config), batches)
-            metrics |= {"kl": sequence_kl(logprobs, ref_logprobs, mask)}
+            order = group_minibatches(takes_part, epochs=config.rollout_epochs, step=step, **whole_groups)
+            batches = first_epoch(order, micro_size)
+            ask = partial(policy_forward, policy, config=config)
+            logprobs = behaviour(rollout, config, ask, batches, recorded, run).logprobs.to(device)
+            ref_logprobs = recall(rollout, config, partial(policy_forward, reference, config=config), batches).logprobs
+            metrics |= {"kl": sequence_kl(logprobs - ref_logprobs, mask)}
 
             # 3. credit
-            rewards, _ = kl_penalty(heights.to(device), logprobs, ref_logprobs, full_mask, kl_coef=config.kl_coef)
+            price = dict(kl_coef=config.kl_coef)
+            if scores.tokens is not None:
+                price["token_scores"] = scores.tokens.to(device)
+            rewards, _ = kl_penalty(heights.to(device), logprobs, ref_logprobs, full_mask, **price)
             if config.baseline == "global":
-                advantages = reinforce_pp_advantages(rewards, mask, gamma=config.gamma)
+                advantages = reinforce_pp_advantages(rewards, mask, gamma=config.gamma, all_ranks=True)
             else:
                 advantages = discounted_returns(rewards, mask, gamma=config.gamma)
 
             # 4. improve
             averages, ratios = Averages(), []
-            order = group_minibatches(takes_part, epochs=config.rollout_epochs, step=step, **whole_groups)
             for minibatch in order:
                 tokens, loss = mask[minibatch].sum(), torch.zeros((), device=device)
                 for part in minibatch.split(micro_size):
                     batch = rollout.pack(part.tolist(), width=mask.shape[1])
                     new = policy_forward(policy, batch, config, entropy=True)
+                    weights = engine_weights(logprobs[part], rollout, part, mask[part], config)
                     term, stats = policy_loss(
                         **surrogate,
                         new_logprobs=new.logprobs,
                         logprobs=logprobs[part],
                         advantages=advantages[part],
                         mask=mask[part],
+                        weights=weights,
                         aggregation=aggregation,
                         normalizer=tokens if aggregation == "token" else len(minibatch),
                     )
@@ -162,6 +172,8 @@ def train(config: ReinforceConfig) -> dict[str, float]:
                     loss += term.detach()
                     ratios.append(stats.pop("ratio_max"))
                     stats["entropy"] = masked_mean(new.entropy, mask[part])
+                    if weights is not None:
+                        stats["engine_weight"] = masked_mean(weights, mask[part])
                     averages.add(stats, mask[part].sum() / tokens)
                 averages.add({"policy_loss": loss} | optimizer_step(optimizer, config.optim, step, total_steps))
 
@@ -171,5 +183,5 @@ def train(config: ReinforceConfig) -> dict[str, float]:
                 evaluation = evaluate_held_out(policy, reference, tokenizer, reward, held_out, config)
                 metrics |= evaluation
             run.log(step, metrics, show=("score", "kl", "entropy"))
-        run.save(lambda folder: save_model(folder, policy, tokenizer), summary=evaluation)
+        run.save(summary=evaluation)
     return evaluation

@@ -19,6 +19,7 @@ any is skipped: it has no loss and changes no weight. `skipped` marks it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,7 +111,8 @@ def train(config: RRHFConfig) -> dict[str, float]:
     size, device = config.num_generations, device_of(policy)
     evaluation: dict[str, float] = {}
 
-    with Run("rrhf", config, total_steps, modules={"policy": policy}, optimizer=optimizer) as run:
+    write = partial(save_model, model=policy, tokenizer=tokenizer)
+    with Run("rrhf", config, total_steps, modules={"policy": policy}, optimizer=optimizer, write=write) as run:
         say_how_it_samples(run, policy)
         for step in run.steps():
             rows = step_examples(examples, config.batch_size, seed=config.seed, step=step)
@@ -119,8 +121,8 @@ def train(config: RRHFConfig) -> dict[str, float]:
             rollout = act(policy, tokenizer, rows, config, "rollout", step, n=size)
             scores = score(reward, rollout, rows)
             mask = rollout.pack().completion_mask.to(device)
-            ref_logprobs, _ = recall(rollout, config, lambda batch: policy_forward(reference, batch, config))
-            kl = sequence_kl(rollout.logprobs.to(device), ref_logprobs, mask)
+            ref_logprobs = recall(rollout, config, lambda batch: policy_forward(reference, batch, config)).logprobs
+            kl = sequence_kl(rollout.logprobs.to(device) - ref_logprobs, mask)
             metrics = rollout_gauges(rollout, scores) | {"kl": kl}
             scores = charge_unfinished(scores, rollout, config.missing_eos_penalty)
             total, valid = scores.total.view(-1, size), scores.valid.view(-1, size)
@@ -163,7 +165,7 @@ def train(config: RRHFConfig) -> dict[str, float]:
                 evaluation = evaluate_held_out(policy, reference, tokenizer, reward, held_out, config)
                 metrics |= evaluation
             run.log(step, metrics, show=("score", "kl", "accuracy"))
-        run.save(lambda folder: save_model(folder, policy, tokenizer), summary=evaluation)
+        run.save(summary=evaluation)
     return evaluation
 
 

@@ -195,6 +195,37 @@ def test_the_expected_gradient_is_the_objectives(name, tree):
 
 
 @trees
+def test_the_expected_gradient_of_the_full_kl_is_the_objectives(tree):
+    """The same objective with each place's exact KL, in the rewards of what led there and as a loss of its own.
+
+    Neither is right alone: the rewards lack the place's own choice, the loss lacks what the choices before it led to.
+    """
+    generator = torch.Generator().manual_seed(1)
+    logits, reference = torch.randn(2, tree.size, 3, dtype=torch.float64, generator=generator)
+    values, scores = (torch.randn(n, dtype=torch.float64, generator=generator) for n in (tree.size, len(tree.mask)))
+    logits.requires_grad_()
+    chances, ref_chances = tree.distribution(logits), tree.distribution(reference)
+    (expected,) = torch.autograd.grad(-(chances @ (scores - BETA * (chances / ref_chances).log())), logits)
+
+    logprobs, ref_logprobs = logits.log_softmax(-1), reference.log_softmax(-1)
+    exact_kl = tree.tokens((logprobs.exp() * (logprobs - ref_logprobs)).sum(-1))
+    taken, ref_taken = tree.tokens(logprobs), tree.tokens(ref_logprobs)
+    price = dict(kl_coef=BETA, estimator="full", kl=exact_kl.detach(), with_loss=True)
+    rewards, _ = kl_penalty(scores, taken.detach(), ref_taken, tree.mask, **price)
+    advantages, _ = gae(rewards, tree.tokens(values), tree.mask, gamma=1.0, lam=1.0)
+    weights = chances.detach()
+    policy_term, _ = policy_loss(
+        "ppo", new_logprobs=taken, logprobs=taken.detach(), advantages=advantages, mask=tree.mask,
+        weights=weights[:, None], normalizer=1,
+    )  # fmt: skip
+    kl_term = BETA * (weights * torch.where(tree.mask, exact_kl, 0.0).sum(-1)).sum()
+    of_rewards, of_loss = (torch.autograd.grad(term, logits, retain_graph=True)[0] for term in (policy_term, kl_term))
+    torch.testing.assert_close(of_rewards + of_loss, expected, rtol=0, atol=1e-12)
+    for alone in (of_rewards, of_loss):
+        assert (alone - expected).abs().max() > 1e-2
+
+
+@trees
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(("algorithm", "tolerance"), [(ppo, 0.02), (rloo, 0.01)])
 def test_the_optimum_is_found(total_variation, algorithm, tolerance, seed, tree):

@@ -412,6 +412,30 @@ def test_penalty_takes_an_exact_kl():
     assert kl.tolist() == [[1, 2, 0], [1, 2, 4], [3, 0, 0]]
 
 
+def test_the_full_kl_beside_its_loss_is_right_and_says_nothing():
+    """The others are wrong as a reward with a loss beside them as without."""
+    arguments, options = (torch.ones(3), *torch.zeros(2, 3, 3), MASK), dict(kl_coef=0.5, with_loss=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rewards, _ = kl_penalty(*arguments, estimator="full", kl=torch.ones(3, 3), **options)
+    assert rewards.tolist() == [[-0.5, 0.5, 0], [-0.5, -0.5, 0.5], [0.5, 0, 0]]
+    with pytest.warns(UserWarning, match="'k2' as a reward"):
+        kl_penalty(*arguments, estimator="k2", **options)
+
+
+def test_scores_of_single_tokens_are_paid_there_and_the_rest_at_the_end():
+    """Row 0: 10 in all, 3 for its first token, so 7 at its last; row 1: -1 + 2 + 4 of 5, nothing left; row 2: 6 of -3.
+    Each less 1/2 of d = 1. What stands outside the mask is nobody's.
+    """
+    nan = math.nan
+    own = torch.tensor([[3.0, 0, nan], [-1, 2, 4], [6, math.inf, 1]], dtype=torch.float64)
+    rewards, _ = kl_penalty(
+        torch.tensor([10.0, 5, -3]), torch.zeros(3, 3), -torch.ones(3, 3), MASK, kl_coef=0.5, token_scores=own
+    )
+    assert rewards.tolist() == [[2.5, 6.5, 0], [-1.5, 1.5, 3.5], [-3.5, 0, 0]]
+    assert rewards.dtype == torch.float32
+
+
 def test_the_score_is_on_the_last_token_of_any_layout():
     """Padded on the left, on both sides, and with a hole."""
     mask = torch.tensor([[False, True, True, True], [False, True, True, False], [True, False, True, False]])

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from rlhf_core.config import ConfigError, SamplingConfig, from_dict
 from rlhf_core.evaluation.compare import EvaluateConfig
@@ -84,6 +84,37 @@ def test_continuous_batching(make_policy, prompts, n, batch_size, temperature, v
     agrees(policy, rollout, temperature=temperature, head=head)
     other = sample_continuously(policy, prompts, n, config, stop_ids=OFTEN, generator=numbers(1))
     assert other.completions != rollout.completions
+
+
+def test_no_wish_of_a_checkpoint_bends_what_the_continuous_engine_draws_from(make_policy, prompts):
+    """Each of these changes the distribution; tokens and log-probs stay those of the plain one, to the last bit."""
+    policy = make_policy(max_position_embeddings=256)
+    config = SamplingConfig(engine="continuous", max_new_tokens=6)
+
+    def play():
+        return sample_continuously(policy, prompts[:3], 2, config, stop_ids=OFTEN, generator=numbers())
+
+    plain, agreed = play(), policy.generation_config
+    agrees(policy, plain)
+    wishes = dict(
+        top_k=1, top_p=0.01, min_p=0.9, typical_p=0.01, repetition_penalty=9.0, no_repeat_ngram_size=1,
+        temperature=0.01, do_sample=False, suppress_tokens=[*range(8, 40)], min_new_tokens=6, max_new_tokens=1,
+    )  # fmt: skip
+    policy.generation_config = GenerationConfig(**wishes)
+    wished = play()
+    policy.generation_config = agreed
+    assert wished.completions == plain.completions
+    assert torch.equal(wished.logprobs, plain.logprobs)
+
+
+@pytest.mark.parametrize("wish", ["top_k", "top_p", "min_p", "repetition_penalty"])
+@pytest.mark.parametrize("engine", ["builtin", "continuous", "server"])
+def test_what_would_bend_the_distribution_is_no_setting(wish, engine):
+    """0 and 1, which bend nothing, neither: who writes them may mean something by it."""
+    for value in (0, 1, 50):
+        rows = dict(model="m", data="d.jsonl", output="o", reward_function="a:b")
+        with pytest.raises(ConfigError, match=wish):
+            from_dict(PPOConfig, rows | {"sampling": {"engine": engine, wish: value}})
 
 
 def test_a_row_that_the_engine_drops_is_an_error(make_policy, prompts, monkeypatch):

@@ -77,23 +77,38 @@ def test_what_is_no_answer(tokenizer, answers, message):
         function_judge(picky, tokenizer)(PROMPTS, FIRSTS, SECONDS, ROWS)
 
 
-def test_a_judge_that_raises_is_named(tokenizer):
-    def shy(*columns):
-        raise KeyError("answer")
+def test_a_judge_that_raises_is_named_with_the_pair(tokenizer):
+    def shy(prompts, firsts, seconds, rows):
+        return [0 if row["number"] < 2 else row["answer"] for row in rows]
 
-    with pytest.raises(ValueError, match="judge shy: KeyError: 'answer'") as caught:
+    place = shy.__code__.co_firstlineno + 1
+    with pytest.raises(ValueError) as caught:
         function_judge(shy, tokenizer)(PROMPTS, FIRSTS, SECONDS, ROWS)
+    said = f"judge shy: pair 2: KeyError: 'answer' ({__file__}:{place}); the first completion begins 'g'"
+    assert str(caught.value) == said
     assert isinstance(caught.value.__cause__, KeyError)
 
 
-def test_a_judge_that_hangs_is_named(tokenizer):
-    def slow(*columns):
-        time.sleep(60)
+def test_a_judge_that_hangs_is_named_with_the_pair(tokenizer):
+    def slow(prompts, firsts, seconds, rows):
+        time.sleep(60 if "f" in firsts else 0)
+        return [0] * len(prompts)
 
     began = time.monotonic()
-    with pytest.raises(ValueError, match=r"judge slow: no answer within reward_timeout=0.1 seconds"):
+    message = "judge slow: pair 1: no answer within reward_timeout=0.1 seconds; the first completion begins 'f'"
+    with pytest.raises(ValueError, match=f"^{message}$"):
         function_judge(slow, tokenizer, timeout=0.1)(PROMPTS, FIRSTS, SECONDS, ROWS)
     assert time.monotonic() - began < 30
+
+
+def test_a_judge_that_fails_on_all_pairs_together(tokenizer):
+    def small(prompts, *columns):
+        if len(prompts) > 1:
+            raise MemoryError("too many")
+        return [0]
+
+    with pytest.raises(ValueError, match=r"judge small: MemoryError: too many \(.*\) for 3 pairs together, though"):
+        function_judge(small, tokenizer)(PROMPTS, FIRSTS, SECONDS, ROWS)
 
 
 def test_a_judge_is_loaded_by_its_name(tokenizer):

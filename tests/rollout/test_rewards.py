@@ -79,7 +79,7 @@ def test_every_usual_kind_of_number(tokenizer, answer):
         (0.5, "reward function judge: 0.5 for 2 completions"),
         ([1.0, math.nan], "reward function judge: sample 1 got nan, .* completion begins 'w10'"),
         ([math.inf, 1.0], "reward function judge: sample 0 got inf, .* completion begins 'w8 w9'"),
-        ([1.0, [0.5]], r"reward function judge: sample 1 got \[0.5\]"),
+        ([1.0, [[0.5]]], r"reward function judge: sample 1 got \[0.5\] for token 0, expected a finite number"),
         ([1e39, 1.0], "reward function judge: sample 0 got 1e.39, expected a finite number"),  # inf in float32
         ([10**400, 1.0], "reward function judge: sample 0 got 1000"),
         (torch.tensor([1j, 1.0]), r"reward function judge: sample 0 got tensor\(0.\+1.j\)"),
@@ -91,7 +91,8 @@ def test_every_usual_kind_of_number(tokenizer, answer):
         (["0.5", 1.0], "reward function judge: sample 0 got '0.5'"),
         ([1.0, 1j], "reward function judge: sample 1 got 1j"),
         (torch.tensor([1.0, math.nan]), r"reward function judge: sample 1 got tensor\(nan\)"),
-        (torch.ones(2, 3), r"reward function judge: sample 0 got tensor\(\[1., 1., 1.\]\)"),
+        (torch.ones(2, 3), "reward function judge: sample 1 got 3 numbers, expected one for each of its 1 tokens"),
+        (torch.ones(2, 3, 1), r"reward function judge: sample 0 got tensor\(\[\[1.\],"),
         ([np.float32("nan"), 1.0], "reward function judge: sample 0 got .*nan"),
     ],
 )

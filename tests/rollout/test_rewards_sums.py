@@ -277,12 +277,15 @@ def test_the_command_of_the_page_is_read_as_the_page_says():
     assert weights == {"my_rewards:brevity": 0.1, "numeric:answer": 1.0, "format:think+answer": 0.2}
 
 
-def test_the_function_of_the_page_is_a_reward(tokenizer):
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+def test_the_functions_of_the_page_are_rewards(tokenizer):
     names: dict = {}
-    exec(block, names)
+    for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL):
+        exec(block, names)
     scores = function_reward(names["brevity"], tokenizer)(PROMPTS, COMPLETIONS, ROWS)
     assert rounded(scores.total) == [-0.05, -0.03, -0.07]
+    terse = function_reward(names["terse"], tokenizer)(PROMPTS, COMPLETIONS, ROWS)
+    assert rounded(terse.total) == [round(-0.01 * len(ids), 6) for ids in COMPLETIONS]
+    assert names["steps"]([], ["a\nbc\n", "d"], []) == [{1: 0.1, 4: 0.1}, {}]
 
 
 def test_the_page_names_every_checker_and_equal_numbers_are_equal():

@@ -20,7 +20,7 @@ from rlhf_core.rollout.sampling import Rollout
 from rlhf_core.trainers import ppo
 from tests.trainers.plain import descend, largest_difference, mean, spread, step_downhill, token_logprobs
 
-VOWELS, PICKY, SILENT = (f"tests.trainers.plain:{name}" for name in ("vowels", "picky", "silent"))
+VOWELS, PICKY, SILENT, STEPWISE = (f"tests.trainers.plain:{name}" for name in ("vowels", "picky", "silent", "stepwise"))
 FIXED = dict(kl_target=None, kl_coef=0.3)
 ONE_UPDATE = dict(batch_size=10, minibatch_size=10, ppo_epochs=1)
 STEP = dict(lr=0.05, schedule="constant", max_grad_norm=None)
@@ -135,7 +135,11 @@ def step_by_hand(step: Step, config: ppo.PPOConfig, texts: list[Any]) -> dict[st
     for i in range(len(rows)):
         kind, price = config.kl_estimator, 0.0 if config.kl_in == "loss" else config.kl_coef
         rewards.append([-price * (kl if kind == "full" else estimate(kind, kl)) for kl in old_kls[i]])
-        rewards[i][-1] += paid[i]
+        own = [0.0] * len(old_kls[i])
+        if step.scores.tokens is not None:
+            own = [reward / width for reward in step.scores.tokens[rows[i]].tolist()[: len(own)]]
+        rewards[i] = [reward + part for reward, part in zip(rewards[i], own, strict=True)]
+        rewards[i][-1] += paid[i] - sum(own)
     if config.whiten_rewards:
         rewards = whiten(rewards, shift=False)
     for i, row in enumerate(rows):
@@ -149,7 +153,7 @@ def step_by_hand(step: Step, config: ppo.PPOConfig, texts: list[Any]) -> dict[st
             credit.insert(0, advantage)
         advantages.append(credit)
         returns.append([a + v for a, v in zip(credit, old, strict=True)])
-    if config.whiten_advantages:
+    if config.whitens:
         advantages = whiten(advantages, shift=True)
 
     tokens = sum(map(len, advantages))
@@ -184,6 +188,7 @@ DETAILS = [
     dict(kl_in="loss", kl_estimator="k2"),
     dict(kl_in="loss", kl_estimator="k3"),
     dict(kl_in="loss", kl_estimator="full"),
+    dict(kl_in="loss", kl_estimator="k2", whiten_advantages=True),
     dict(kl_in="both", kl_estimator="full", whiten_advantages=False),
     dict(score_scale="scale"),
     dict(score_scale="normalize", reward_function=PICKY),
@@ -197,6 +202,9 @@ DETAILS = [
     dict(entropy_coef=0.2),
     dict(value_detach=True),
     dict(ptx_coef=0.5),
+    dict(reward_function=STEPWISE),
+    dict(reward_function=STEPWISE, score_scale="normalize", score_clip=0.8, missing_eos="mask", whiten_rewards=True),
+    dict(reward_function=STEPWISE, kl_in="loss", kl_estimator="k2", missing_eos="replace"),
     dict(entropy_coef=0.2, ptx_coef=0.5, kl_in="both", kl_estimator="full", missing_eos="replace", score_clip=1.0),
 ]
 
@@ -225,8 +233,28 @@ def test_a_step_by_hand(configure, train, steps, material, monkeypatch, changes)
     head = ValueHead.load(outcome.folder)
     torch.testing.assert_close(head.linear.weight, step.critic.linear.weight, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(head.linear.bias, step.critic.linear.bias, rtol=1e-3, atol=1e-5)
+    if config.reward_function == (STEPWISE,):  # completions with a number, with several, and with none
+        several = step.scores.tokens.ne(0).any(-1)
+        assert 0 < several.sum() < step.scores.valid.sum() < 10
     ended = step.rollout.finished.tolist()
     assert 0 < sum(ended) < 10  # else a missing end would not matter
+
+
+def test_whitened_advantages_beside_kl_as_a_loss_are_a_choice_that_is_said(configure, train, capsys):
+    """Else they would change at every step what a nat costs."""
+    kinds = {"reward": {}, "loss": dict(kl_estimator="k2"), "both": dict(kl_estimator="full")}
+    assert {kl_in: configure("ppo-head", kl_in=kl_in, **more).whitens for kl_in, more in kinds.items()} == {
+        "reward": True, "loss": False, "both": False,
+    }  # fmt: skip
+    for choice in (True, False):
+        assert configure("ppo-head", whiten_advantages=choice).whitens is choice
+    runs, said = [], []
+    for choice in (None, False, True):
+        runs.append(train("ppo-head", kl_in="loss", kl_estimator="k2", whiten_advantages=choice, max_steps=2,
+                          progress=True))  # fmt: skip
+        said.append("whiten_advantages scales" in capsys.readouterr().err)
+    assert said == [False, False, True]
+    assert runs[0].same_weights(runs[1]) and not runs[0].same_weights(runs[2])
 
 
 def leave(monkeypatch) -> None:
@@ -443,7 +471,7 @@ def test_a_reference_of_another_architecture_cannot_follow(configure, material, 
         ppo.train(config)
 
 
-# ---------------------------------------------------------------------------------------------- recorded while decoding
+# ---------------------------------------------------------------------------------------------------- the first ratio
 
 
 @pytest.mark.parametrize("job", ["ppo-head", "ppo-policy"])
@@ -451,44 +479,6 @@ def test_a_reference_of_another_architecture_cannot_follow(configure, material, 
 def test_the_first_ratio_is_one_to_the_last_bit(train, job, changes):
     run = train(job, **{"reward_function": VOWELS} | changes, batch_size=10, minibatch_size=10, ppo_epochs=1)
     assert {(row["ratio_max"], row["approx_kl"], row["clip_fraction"]) for row in run.metrics} == {(1.0, 0.0, 0.0)}
-
-
-@pytest.mark.parametrize("job", ["ppo-head", "ppo-policy"])
-def test_what_was_recorded_spares_a_forward_and_changes_nothing_but_rounding(train, monkeypatch, capsys, job):
-    calls = []
-    original = ppo.recall
-    monkeypatch.setattr(ppo, "recall", lambda *args: calls.append(1) or original(*args))
-    outcomes, counts = [], []
-    for choice in ("off", "auto", "on"):
-        calls.clear()
-        outcomes.append(train(job, recorded=choice, reward_function=PICKY, progress=True))
-        counts.append(len(calls))
-    assert counts == [8, 5, 5]  # of four steps, each with the reference; the first compares
-    assert outcomes[0].distance(outcomes[1]) < 1e-4
-    assert outcomes[1].same_weights(outcomes[2])
-    assert "recorded" not in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("wrong", "by"), [("logprobs", 0.01), ("values", 0.01), ("values", math.nan)])
-def test_what_was_recorded_wrongly_is_not_used(train, monkeypatch, capsys, wrong, by):
-    right = train("ppo-head", recorded="off")
-    original = ppo.act
-
-    def bent(*args, **options):
-        rollout = original(*args, **options)
-        tensor = getattr(rollout, wrong)
-        if tensor is not None:
-            tensor[0, 0] += by
-        return rollout
-
-    monkeypatch.setattr(ppo, "act", bent)
-    assert train("ppo-head", recorded="auto", progress=True).same_weights(right)
-    said = [line for line in capsys.readouterr().err.splitlines() if "recorded while decoding" in line]
-    assert len(said) == 1 and f"is {by:.2g} from a forward, not within 0.001; log-probs and values come from" in said[0]
-    with pytest.raises(
-        ValueError, match=f"^recorded='on': what was recorded while decoding is {by:.2g} from a forward"
-    ):
-        train("ppo-head", recorded="on")
 
 
 # ---------------------------------------------------------------------------------------- resumed, and in micro-batches

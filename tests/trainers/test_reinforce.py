@@ -19,7 +19,7 @@ from tests.trainers.plain import (
     token_logprobs,
 )
 
-VOWELS, PICKY, SILENT = (f"tests.trainers.plain:{name}" for name in ("vowels", "picky", "silent"))
+VOWELS, PICKY, SILENT, STEPWISE = (f"tests.trainers.plain:{name}" for name in ("vowels", "picky", "silent", "stepwise"))
 BASELINES = ["none", "mean", "remax", "global"]
 ONE_UPDATE = dict(batch_size=5, num_generations=2, minibatch_size=10, rollout_epochs=1)
 GAUGED = dict(batch_size=10, minibatch_size=20)
@@ -35,8 +35,9 @@ def credit_by_hand(baseline, scores, greedy, kls, in_loss, *, kl_coef: float, ga
         against = [score for score in greedy.total.tolist() for _ in (1, 2)]
     credit = {}
     for i in in_loss:
-        rewards = [-kl_coef * kl for kl in kls[i]]
-        rewards[-1] += total[i] - against[i]
+        own = [0.0] * len(kls[i]) if scores.tokens is None else scores.tokens[i].tolist()[: len(kls[i])]
+        rewards = [reward - kl_coef * kl for reward, kl in zip(own, kls[i], strict=True)]
+        rewards[-1] += total[i] - sum(own) - against[i]
         earned, credit[i] = 0.0, []
         for reward in reversed(rewards):
             earned = reward + gamma * earned
@@ -89,22 +90,26 @@ def test_every_gauge_by_hand(train, material, talker, monkeypatch, baseline):
         assert row[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
 
 
-@pytest.mark.parametrize("clip", [None, 0.15])
-@pytest.mark.parametrize("baseline", BASELINES)
-def test_two_updates_by_hand(train, material, talker, monkeypatch, baseline, clip):
+@pytest.mark.parametrize(
+    ("baseline", "clip", "reward"),
+    [(baseline, clip, PICKY) for baseline in BASELINES for clip in (None, 0.15)]
+    + [(baseline, 0.15, STEPWISE) for baseline in ("mean", "global")],
+)
+def test_two_updates_by_hand(train, material, talker, monkeypatch, baseline, clip, reward):
     """Two passes over one rollout, by gradient descent; the second has ratios, unless they are left out."""
     played, scored = record(monkeypatch, reinforce)
     descend(monkeypatch, reinforce)
     lr = 0.5 if baseline == "global" else 0.1
     run = train(
         "reinforce", **ONE_UPDATE | {"rollout_epochs": 2}, baseline=baseline, clip=clip, gamma=0.9, kl_coef=0.3, seed=3,
-        reward_function=PICKY, max_steps=1, model=talker, reference=material / "policy",
+        reward_function=reward, max_steps=1, model=talker, reference=material / "policy",
         micro_batch_size=4, missing_eos_penalty=0.7, sampling=SamplingConfig(max_new_tokens=6),
         optim=OptimConfig(lr=lr, schedule="constant", max_grad_norm=None),
     )  # fmt: skip
     policy, rollout, scores = played[0].policy, played[0].rollout, scored[0]
     assert 0 < rollout.finished.sum() < 10
     scores = scores._replace(total=scores.total - 0.7 * ~rollout.finished)
+    assert (scores.tokens is not None) == (reward == STEPWISE)
     greedy = None
     if baseline == "remax":
         greedy = scored[1]._replace(total=scored[1].total - 0.7 * ~played[1].rollout.finished)

@@ -106,6 +106,53 @@ def test_two_updates_by_hand(train, material, talker, monkeypatch, micro_batch_s
     assert largest_difference(policy, run.folder) < 2e-5
 
 
+@pytest.mark.parametrize("micro_batch_size", [None, 5])
+def test_an_update_with_the_full_kl_by_hand(train, material, talker, monkeypatch, micro_batch_size):
+    """The score less the exact KL of the completion's states is what a completion is paid; the KL is a loss as well."""
+    played, scored = record(monkeypatch, rloo)
+    descend(monkeypatch, rloo)
+    run = train(
+        "rloo", **ONE_UPDATE, reward_function=PICKY, max_steps=1, seed=3, kl_coef=0.3, kl_estimator="full",
+        model=talker, reference=material / "policy", micro_batch_size=micro_batch_size,
+        sampling=SamplingConfig(max_new_tokens=6, temperature=0.7),
+        optim=OptimConfig(lr=0.01, schedule="constant", max_grad_norm=None),
+    )  # fmt: skip
+    policy, rollout, scores = played[0].policy, played[0].rollout, scored[0]
+    reference = AutoModelForCausalLM.from_pretrained(material / "policy")
+
+    def everything(model, row: int) -> torch.Tensor:
+        """(T, V) log-probs at the completion's states."""
+        prompt, completion = rollout.prompts[row], rollout.completions[row]
+        model.set_attn_implementation("eager")
+        logits = model(input_ids=torch.tensor([prompt + completion])).logits
+        return (logits[0, len(prompt) - 1 : -1] / 0.7).log_softmax(-1)
+
+    news = [everything(policy, row) for row in range(15)]
+    with torch.no_grad():
+        refs = [everything(reference, row) for row in range(15)]
+    kls = [(new.exp() * (new - ref)).sum() for new, ref in zip(news, refs, strict=True)]
+    advantages = advantages_by_hand(scores, [kl.item() for kl in kls], 0.3, 3)
+    in_loss = [i for i, valid in enumerate(scores.valid.tolist()) if valid]
+    assert 3 < len(in_loss) < 15
+    objective = 0.0
+    for i in in_loss:
+        logprob = news[i].gather(-1, torch.tensor(rollout.completions[i])[:, None]).sum()
+        objective += (-advantages[i] * logprob + 0.3 * kls[i]) / len(in_loss)
+    norm = step_downhill(policy, objective, 0.01)
+    (row,) = run.metrics
+    expected = {
+        "grad_norm": norm,
+        "kl": mean([kls[i].item() for i in in_loss]),
+        "kl_loss": 0.3 * mean([kls[i].item() for i in in_loss]),
+        "policy_loss": -mean([advantages[i] for i in in_loss]),
+        "ratio_max": 1.0,
+    }
+    for name, value in expected.items():
+        assert row[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+    assert row["kl"] > 0.5
+    assert largest_difference(policy, run.folder) < 2e-5
+
+
 # ------------------------------------------------------------------------------------------------------------ it learns
 
 
@@ -154,7 +201,8 @@ def test_the_price_is_paid(train, monkeypatch):
     original = rloo.kl_penalty
 
     def negated(scores, logprobs, ref_logprobs, mask, **options):
-        return original(scores, ref_logprobs, logprobs, mask, **options)
+        rewards, kl = original(scores, ref_logprobs, logprobs, mask, **options)
+        return rewards, -kl  # the gauge stays right
 
     monkeypatch.setattr(rloo, "kl_penalty", negated)
     assert drift(1.0) > 2 * priced
@@ -204,6 +252,7 @@ def test_when_every_completion_is_cut_off(train):
         ({"clip": 0.0}, "clip=0.0: expected more than 0"),
         ({"rollout_epochs": 0}, "rollout_epochs=0: expected more than 0"),
         ({"kl_coef": -0.1}, "kl_coef=-0.1: expected 0 or more"),
+        ({"kl_estimator": "k3"}, "kl_estimator='k3': expected one of k1, full"),
         ({"kl_coef": math.inf}, "kl_coef=inf: expected a finite number"),
     ],
 )
