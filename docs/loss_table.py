@@ -154,14 +154,14 @@ def page() -> str:
             HEADER,
             section(
                 "Pairs",
-                "`preference_loss(NAME, ...)`, or a list of names with weights; `rlhf dpo --loss NAME` for those that "
-                "need no further tensor. Numbers: `tests/losses/test_preference_table.py`.",
+                "`preference_loss(NAME, ...)`, or a list of names with weights; `rlhf dpo --loss NAME[,NAME]` runs "
+                "them all. Numbers: `tests/losses/test_preference_table.py`.",
                 preference_rows(preference.PREFERENCE_LOSSES, "paired"),
             ),
             section(
                 "Single completions with a label",
-                "`unpaired_preference_loss(NAME, ...)`. x is a completion's log-ratio. Numbers: "
-                "`tests/losses/test_unpaired.py`.",
+                "`unpaired_preference_loss(NAME, ...)`; `rlhf kto --loss NAME`. x is a completion's log-ratio. "
+                "Numbers: `tests/losses/test_unpaired.py`.",
                 preference_rows(unpaired.UNPAIRED_LOSSES, "unpaired"),
             ),
             section(

@@ -52,7 +52,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     model, tokenizer = load_policy(config.model.path, device=config.device, **config.model.options())
     freeze(model)
     baseline = load_reference(
-        config.baseline.path, policy_tokenizer=tokenizer, device=config.device, **config.baseline.options()
+        config.baseline.path,
+        policy=model,
+        policy_tokenizer=tokenizer,
+        device=config.device,
+        **config.baseline.options(),
     )
     reward = load_reward(config, tokenizer)
     examples = load_examples(

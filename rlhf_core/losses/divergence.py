@@ -58,10 +58,11 @@ def score_difference(
 
 
 def exp_difference(a: Tensor, b: Tensor) -> Tensor:
-    """e^a - e^b without inf - inf: exact where a float can hold it, else saturated at a millionth of the largest float.
+    """e^a - e^b without inf - inf: exact up to a millionth of the root of the largest float, and saturated there.
 
-    The millionth leaves room for sums. The gradient, e^a and -e^b, saturates at the same value, so it stays a direction
-    that gradient clipping can use; 0 * inf cannot occur in it.
+    The gradient, e^a and -e^b, saturates at the same value. A norm is made of squares, hence the root; the millionth
+    leaves room for what a model multiplies it by and for sums. So it stays a direction that gradient clipping can use;
+    0 * inf cannot occur in it.
     """
     return _ExpDifference.apply(*torch.broadcast_tensors(a, b))
 
@@ -85,5 +86,5 @@ class _ExpDifference(torch.autograd.Function):
 
 
 def _limit(tensor: Tensor) -> float:
-    """The exponent of a millionth of the largest float of this dtype."""
-    return math.log(torch.finfo(tensor.dtype).max) - math.log(1e6)
+    """The exponent of a millionth of the root of the largest float of this dtype: 30.5 in float32."""
+    return math.log(torch.finfo(tensor.dtype).max) / 2 - math.log(1e6)

@@ -82,7 +82,7 @@ def discopop(pairs: PairTerms, *, beta: float, tau: float = 0.05) -> Tensor:
     return (-logits / tau).sigmoid() * -F.logsigmoid(logits) + exponential
 
 
-@register_preference_loss("beta_dpo", f_divergence=True)
+@register_preference_loss("beta_dpo", f_divergence=True, across_pairs=True)
 def beta_dpo(
     pairs: PairTerms,
     *,
@@ -241,22 +241,22 @@ def apo_down(pairs: PairTerms, *, beta: float) -> Tensor:
     return (beta * pairs.chosen_log_ratio).sigmoid() + (-beta * margin).sigmoid()
 
 
-@register_preference_loss("aot", pair_weights=False)
+@register_preference_loss("aot", pair_weights=False, across_pairs=True)
 def aot(pairs: PairTerms, *, beta: float, label_smoothing: float) -> Tensor:
     """AOT: the policy's margins dominate the reference's as distributions (Melnyk et al. 2024, arXiv:2406.05882).
 
-    -log sigmoid(beta (sort(l_c - l_r) - sort(ref_c - ref_r))), sorted over the micro-batch
+    -log sigmoid(beta (sort(l_c - l_r) - sort(ref_c - ref_r))), sorted over all pairs
     """
     margins = (pairs.chosen_logprob - pairs.rejected_logprob).sort().values
     ref_margins = (pairs.ref_chosen_logprob - pairs.ref_rejected_logprob).sort().values
     return smoothed_logistic(beta * (margins - ref_margins), label_smoothing)
 
 
-@register_preference_loss("aot_unpaired", pair_weights=False)
+@register_preference_loss("aot_unpaired", pair_weights=False, across_pairs=True)
 def aot_unpaired(pairs: PairTerms, *, beta: float, label_smoothing: float) -> Tensor:
     """AOT: chosen log-ratios dominate rejected ones as distributions (Melnyk et al. 2024, arXiv:2406.05882).
 
-    -log sigmoid(beta (sort(a) - sort(b))), sorted over the micro-batch
+    -log sigmoid(beta (sort(a) - sort(b))), sorted over all pairs
     """
     difference = pairs.chosen_log_ratio.sort().values - pairs.rejected_log_ratio.sort().values
     return smoothed_logistic(beta * difference, label_smoothing)

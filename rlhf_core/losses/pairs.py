@@ -51,6 +51,8 @@ class PreferenceLoss:
     """Down-weighting the longer completion's surplus (LD-DPO) means something."""
     pair_weights: bool = True
     """A pair's loss is its own, so that it can be weighted (WPO)."""
+    across_pairs: bool = False
+    """A pair's loss depends on the others of its batch, so that micro-batches alone would change it."""
     needs: tuple[str, ...] = ()
     """Tensors beyond the log-probs: margin, chosen_kl, rejected_kl, kl."""
 
@@ -66,6 +68,7 @@ def register_preference_loss(
     f_divergence: bool = False,
     ld_alpha: bool = True,
     pair_weights: bool = True,
+    across_pairs: bool = False,
     needs: tuple[str, ...] = (),
 ) -> Callable:
     """Decorator that puts a paired loss into the table: `function(pairs, *, options)` gives each pair's loss, (B,).
@@ -84,6 +87,7 @@ def register_preference_loss(
         f_divergence=f_divergence,
         ld_alpha=ld_alpha,
         pair_weights=pair_weights,
+        across_pairs=across_pairs,
         needs=needs,
     )
 

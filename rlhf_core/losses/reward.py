@@ -17,6 +17,7 @@ def bradley_terry_loss(
     margin: Tensor | float = 0.0,
     center_coef: float = 0.0,
     label_smoothing: float = 0.0,
+    weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The negative log-likelihood of the preferences (Bradley and Terry 1952), the mean over pairs.
@@ -32,7 +33,8 @@ def bradley_terry_loss(
         chosen_scores, rejected_scores: (B,).
         margin: a float of 0 or more, or (B,), whose values are not looked at.
         center_coef: 0 or more. label_smoothing: 0 <= e < 0.5.
-        normalizer: divide by this instead of the local count of pairs (see `sft_loss`).
+        weights: (B,), 0 or more: the mean becomes sum w loss / sum w; stats stay plain means.
+        normalizer: divide by this instead of the local count of pairs, or sum of weights (see `sft_loss`).
 
     Returns:
         the loss, a scalar, and stats over pairs: `accuracy` (a tie counts half), `margin` (mean score difference, the
@@ -64,11 +66,17 @@ def bradley_terry_loss(
         "rejected_score": rejected_scores.detach(),
     }
     stats = {name: values.sum() / max(pairs, 1) for name, values in stats.items()}
+    if weights is not None:
+        losses, pairs = losses * weights, weights.sum()
     return losses.sum() / (pairs if normalizer is None else normalizer), stats
 
 
 def plackett_luce_loss(
-    scores: Tensor, mask: Tensor | None = None, *, normalizer: float | Tensor | None = None
+    scores: Tensor,
+    mask: Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The negative log-likelihood of whole rankings (Luce 1959; Plackett 1975), the mean over lists.
 
@@ -77,7 +85,8 @@ def plackett_luce_loss(
     Args:
         scores: (B, K), each list from best to worst. mask: (B, K) bool, False where a list is shorter; None: all full.
             A list with fewer than two entries ranks nothing: it adds to neither sum nor count.
-        normalizer: divide by this instead of the local count of lists (see `sft_loss`).
+        weights: (B,), 0 or more: the mean becomes sum w loss / sum w; stats stay plain means.
+        normalizer: divide by this instead of the local count of lists, or sum of weights (see `sft_loss`).
 
     Returns:
         the loss, a scalar, and stats: `accuracy` over all ordered pairs within lists (a tie counts half).
@@ -87,7 +96,8 @@ def plackett_luce_loss(
     mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
     ranks = mask.sum(-1) > 1
     require_tokens(ranks, normalizer, "mask.sum(-1) > 1")
-    loss = plackett_luce_nll(scores, mask).sum() / (ranks.sum() if normalizer is None else normalizer)
+    weights = ranks.to(scores.dtype) if weights is None else weights * ranks
+    loss = (plackett_luce_nll(scores, mask) * weights).sum() / (weights.sum() if normalizer is None else normalizer)
     with torch.no_grad():
         pairs = (mask[:, :, None] & mask[:, None, :]).triu(1)  # (B, K, K): row above column
         right = (1 + (scores[:, :, None] - scores[:, None, :]).sign().float()) / 2
@@ -115,6 +125,7 @@ def process_reward_loss(
     mask: Tensor,
     *,
     reduction: str = "token",
+    weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Is each step of a solution right: binary cross-entropy at the steps' last tokens.
@@ -127,7 +138,9 @@ def process_reward_loss(
         scores: (B, T) logits. labels: (B, T) bool, or the probability in [0, 1] that the step is right; masked places
             may hold anything. mask: (B, T) bool, True = last token of a step.
         reduction: "token" weighs every step alike; "sequence" takes each solution's mean first.
-        normalizer: divide by this instead of the local count of steps (or solutions; see `sft_loss`).
+        weights: (B,), 0 or more, of solutions: the mean becomes sum w loss / sum w; stats stay plain means.
+        normalizer: divide by this instead of the local count of steps (or solutions), or the sum of their weights (see
+            `sft_loss`).
 
     Returns:
         the loss, a scalar, and stats: `accuracy` over steps of the side of 0 that the score is on against the side of
@@ -144,6 +157,10 @@ def process_reward_loss(
         raise ValueError(f"labels={wrong}: expected 0 <= label <= 1 at every unmasked place")
     losses = F.binary_cross_entropy_with_logits(scores, labels, reduction="none")
     right = (1 + (scores.detach().sign() * (labels - 0.5).sign()).float()) / 2
+    if weights is not None:
+        losses = losses * weights[:, None]
+        counts = mask.sum(-1) if reduction == "token" else mask.any(-1)
+        normalizer = (weights * counts).sum() if normalizer is None else normalizer
     return masked_aggregate(losses, mask, reduction, normalizer=normalizer), {"accuracy": masked_mean(right, mask)}
 
 

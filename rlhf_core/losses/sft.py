@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core.losses.registry import require_label_smoothing
-from rlhf_core.ops.masked import masked_aggregate, masked_mean
+from rlhf_core.ops.masked import masked_aggregate, masked_mean, masked_sum
 
 
 def sft_loss(
@@ -15,6 +15,7 @@ def sft_loss(
     *,
     reduction: str = "token",
     normalizer: float | Tensor | None = None,
+    weights: Tensor | None = None,
     label_smoothing: float = 0.0,
     vocab_mean_logprobs: Tensor | None = None,
     dft: bool = False,
@@ -37,15 +38,17 @@ def sft_loss(
             tokens is no completion and is not counted.
         normalizer: divide by this instead of by the local count of tokens (or sequences). Give the count of the whole
             accumulation window, over all ranks, and eight micro-batches of one add up to one of eight.
+        weights: (B, T) or (B, 1), 0 or more: the mean over tokens becomes sum w loss / sum w. The normalizer is then
+            the sum of the window's weights.
         label_smoothing: 0 <= e < 0.5; needs vocab_mean_logprobs (B, T), `mean_logprob` of `vocab_statistics`.
         z_loss_coef: 0 or more; needs logsumexps (B, T), `logsumexp` of `vocab_statistics`.
 
     Returns:
-        the loss, a scalar, and stats, means per token: `nll`, always the plain one, and `z_loss` (times its
-        coefficient) where there is one.
+        the loss, a scalar, and stats, means per token: `nll`, always the plain one without weights, and `z_loss` (times
+        its coefficient) where there is one.
 
     Raises ValueError for a parameter out of range, a tensor that is missing or given for nothing, smoothing together
-    with DFT, or a mask that is False everywhere while no normalizer is given.
+    with DFT, weights together with "sequence", or a mask that is False everywhere while no normalizer is given.
     """
     if reduction not in ("token", "sequence"):
         raise ValueError(f"reduction={reduction!r}: expected token or sequence")
@@ -56,6 +59,8 @@ def sft_loss(
         raise ValueError(f"label_smoothing={label_smoothing}: vocab_mean_logprobs is needed above 0, and only there")
     if (z_loss_coef > 0) != (logsumexps is not None):
         raise ValueError(f"z_loss_coef={z_loss_coef}: logsumexps is needed above 0, and only there")
+    if weights is not None and reduction != "token":
+        raise ValueError(f"weights with reduction={reduction!r}: expected reduction='token'")
     if dft and label_smoothing:
         raise ValueError(f"label_smoothing={label_smoothing} with dft=True: DFT has no smoothed form")
 
@@ -70,4 +75,7 @@ def sft_loss(
         z_losses = z_loss_coef * torch.where(mask, logsumexps, 0.0).square()
         losses = losses + z_losses
         stats["z_loss"] = masked_mean(z_losses.detach(), mask)
+    if weights is not None:
+        losses = losses * weights
+        normalizer = masked_sum(weights.expand_as(losses), mask) if normalizer is None else normalizer
     return masked_aggregate(losses, mask, reduction, normalizer=normalizer), stats

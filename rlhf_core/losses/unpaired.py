@@ -62,6 +62,7 @@ def unpaired_preference_loss(
     beta: float = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
+    row_weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -73,7 +74,8 @@ def unpaired_preference_loss(
         kl: scalar, what `kto_kl` gives; "kto" needs it. It is a constant to the gradient.
         desirable_weight, undesirable_weight: more than 0; KTO's authors want (desirable_weight times the desirable
             rows) / (undesirable_weight times the others) between 1 and 3/2 (eq. 9; 4/3 in their first versions).
-        normalizer: divide by this instead of the local count of completions.
+        row_weights: (B,) factor of each completion's loss, without gradient: the mean becomes sum w loss / sum w.
+        normalizer: divide by this instead of the local count of completions, or sum of their weights.
         options: keyword-only parameters of the loss, such as bco's `delta`.
 
     Returns:
@@ -104,7 +106,11 @@ def unpaired_preference_loss(
     losses = call_declared(entry.function, terms, beta=beta, **own)
     counted = mask.any(-1)
     losses = pick(labels, desirable_weight, undesirable_weight, losses) * losses
-    loss = masked_sum(losses, counted) / (counted.sum() if normalizer is None else normalizer)
+    count = counted.sum()
+    if row_weights is not None:
+        require(row_weights.shape == labels.shape, "row_weights.shape", tuple(row_weights.shape), "one a row")
+        losses, count = losses * row_weights.detach(), masked_sum(row_weights.detach(), counted)
+    loss = masked_sum(losses, counted) / (count if normalizer is None else normalizer)
 
     rewards = beta * log_ratio.detach()
     desirable, undesirable = (masked_mean(rewards, counted & side) for side in (labels, ~labels))

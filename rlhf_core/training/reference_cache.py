@@ -10,7 +10,9 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from rlhf_core.data.loader import micro_batches
 from rlhf_core.data.tokenize import Example
+from rlhf_core.models.adapters import about_adapter
 from rlhf_core.models.forward import Layout, device_of, token_logprobs
 from rlhf_core.training.checkpoint import versions
 
@@ -27,42 +30,53 @@ logger = logging.getLogger("rlhf_core.training")
 
 
 class ReferenceLogprobs:
-    """Log-probs under the reference of every completion token of a list of examples."""
+    """Log-probs under the reference of every completion token of some examples, found again by their token ids."""
 
-    def __init__(self, examples: Sequence[Example], flat: Tensor):
-        lengths = [sum(map(len, example.completions)) for example in examples]
-        self._of = dict(zip(map(id, examples), flat.split(lengths), strict=True))
-        self._examples = examples  # keeps them, and so their ids, alive
+    def __init__(self, keys: Sequence[bytes], parts: Sequence[Tensor]):
+        self._of = dict(zip(keys, parts, strict=True))
 
     def of(self, examples: Sequence[Example]) -> Tensor:
         """(M,) in the order of a batch packed from these examples, which are among those it was made of."""
-        return torch.cat([self._of[id(example)] for example in examples])
+        return torch.cat([self._of[example_key(example)] for example in examples])
 
 
 def cached_logprobs(
-    reference: nn.Module, examples: Sequence[Example], *, folder: Path, batch_size: int, layout: Layout = "auto"
+    reference: nn.Module, *sets: Sequence[Example], folder: Path, batch_size: int, layout: Layout = "auto"
 ) -> ReferenceLogprobs:
     """The reference's log-probs of all examples, from `folder` where the very same ones are there, else computed.
 
     What is the same is told by a key: the reference's weights and settings, every token id of the examples (so the
     data, the tokenizer, its template and the longest length), the layout, and the versions of what computes. A setting
     of the loss is no part of it. Examples are taken in their own order, `batch_size` at a time, so that a resumed run
-    that computes them again has them bit for bit.
+    that computes them again has them bit for bit. No example is kept.
     """
-    key = cache_key(reference, examples, layout=layout)
+    key = cache_key(reference, *sets, layout=layout)
     path = folder / f"{key[:16]}.safetensors"
     flat = _read(path, key)
     if flat is None:
-        flat = _compute(reference, examples, batch_size=batch_size, layout=layout)
+        flat = _compute(reference, sets, batch_size=batch_size, layout=layout)
         _write(path, key, flat)
-    return ReferenceLogprobs(examples, flat.to(device_of(reference)))
+    keys, lengths = [], []
+    for example in chain(*sets):
+        keys.append(example_key(example))
+        lengths.append(sum(map(len, example.completions)))
+    return ReferenceLogprobs(keys, flat.to(device_of(reference)).split(lengths))
 
 
-def cache_key(reference: nn.Module, examples: Sequence[Example], *, layout: Layout) -> str:
+def example_key(example: Example) -> bytes:
+    """A digest of an example's token ids, prompt and completions apart. Examples of the same ids share one."""
+    digest = hashlib.blake2b(digest_size=16)
+    for ids in (example.prompt, *example.completions):
+        digest.update(array("q", [len(ids), *ids]).tobytes())
+    return digest.digest()
+
+
+def cache_key(reference: nn.Module, *sets: Sequence[Example], layout: Layout) -> str:
     """sha256 of everything that these log-probs follow from."""
     digest = hashlib.sha256()
     about = {
         "config": reference.config.to_dict(),
+        "adapter": about_adapter(reference),
         "layout": layout,
         "device": device_of(reference).type,
         "versions": versions(),
@@ -71,18 +85,23 @@ def cache_key(reference: nn.Module, examples: Sequence[Example], *, layout: Layo
     for name, tensor in sorted(reference.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    for example in examples:
-        digest.update(json.dumps([example.prompt, *example.completions]).encode())
+    for example in chain(*sets):
+        digest.update(example_key(example))
     return digest.hexdigest()
 
 
 @torch.no_grad()
-def _compute(reference: nn.Module, examples: Sequence[Example], *, batch_size: int, layout: Layout) -> Tensor:
+def _compute(reference: nn.Module, sets: Sequence[Sequence[Example]], *, batch_size: int, layout: Layout) -> Tensor:
     parts = []
-    for start in range(0, len(examples), batch_size):  # a batch at a time: all of them packed would be held at once
-        (batch,) = micro_batches(examples[start : start + batch_size], None)
+    for rows in _batched(chain(*sets), batch_size):  # a batch at a time: all of them packed would be held at once
+        (batch,) = micro_batches(rows, None)
         parts.append(token_logprobs(reference, batch, layout=layout)[batch.completion_mask.to(device_of(reference))])
     return torch.cat(parts)
+
+
+def _batched(examples: Iterator[Example], size: int) -> Iterator[list[Example]]:
+    while rows := list(islice(examples, size)):
+        yield rows
 
 
 def _read(path: Path, key: str) -> Tensor | None:
@@ -112,9 +131,3 @@ def _write(path: Path, key: str, flat: Tensor) -> None:
 
 def _checksum(flat: Tensor) -> str:
     return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()
-
-
-def caching_pays(num_examples: int, batch_size: int, total_steps: int) -> bool:
-    """Whether the run looks at more examples than there are: one pass is what filling the cache costs."""
-    steps_per_epoch = -(-num_examples // batch_size)
-    return total_steps > steps_per_epoch

@@ -69,7 +69,7 @@ def test_equals_exact_arithmetic(divergence, alpha, chosen, rejected, lengths):
     c_length, r_length = (torch.tensor([length]) for length in lengths)
     value = score_difference(c, r, divergence=divergence, alpha=alpha, chosen_length=c_length, rejected_length=r_length)
     truth = exactly(chosen, rejected, divergence, alpha, lengths)
-    saturated = torch.finfo(torch.float64).max / 1e6
+    saturated = torch.finfo(torch.float64).max ** 0.5 / 1e6
     if abs(truth) < saturated / 4:
         parts = [
             exactly(x, 0.0, divergence, alpha, (length, 1))
@@ -97,7 +97,7 @@ def test_equal_exponents_that_overflow_cancel():
         x = torch.tensor([1000.0], dtype=dtype, requires_grad=True)
         value = exp_difference(x, x.detach().clone())
         value.backward()
-        assert value == 0 and x.grad.isfinite() and x.grad > 1e31
+        assert value == 0 and x.grad.isfinite() and x.grad > 1e13
 
 
 def test_gradcheck():
@@ -131,10 +131,10 @@ def test_no_loss_turns_into_nan(name, divergence, alpha, dtype):
         )  # fmt: skip
         gradients = torch.autograd.grad(loss, (c, r))
         assert not loss.isnan() and not any(gradient.isnan().any() for gradient in gradients)
-        if name == "sigmoid":  # the true value, where a float can hold it
+        if name == "sigmoid":  # the true value, where it is not saturated
             z = 0.1 * exactly(c.item(), r.item(), divergence, alpha)
             truth = max(-z, 0.0) + math.log1p(math.exp(-abs(z)))
-            if truth < torch.finfo(dtype).max / 1e7:
+            if truth < torch.finfo(dtype).max ** 0.5 / 1e7:
                 assert loss.item() == pytest.approx(truth, rel=1e-4 if dtype == torch.float32 else 1e-9)
 
 

@@ -495,3 +495,50 @@ def test_a_single_member_has_no_spread():
 def test_a_bound_above_the_mean_is_refused(coef):
     with pytest.raises(ValueError, match=f"lcb_coef={coef}: expected 0 or more"):
         ensemble_scores(torch.zeros(2, 3), lcb_coef=coef)
+
+
+# -------------------------------------------------------------------------------------------------------------- weights
+
+
+def test_weights_of_pairs_by_hand():
+    """Losses ln 4/3 and ln 4 with weights 3 and 1: (3 ln 4/3 + ln 4) / 4; gradients -+ 1/4 * 3/4 and -+ 3/4 * 1/4."""
+    options = dict(weights=torch.tensor([3.0, 1.0], dtype=torch.float64))
+    found = loss_and_gradients([math.log(3), 0.0], [0.0, math.log(3)], **options)
+    expected = (3 * math.log(4 / 3) + math.log(4)) / 4
+    assert found == pytest.approx([expected, -3 / 16, -3 / 16, 3 / 16, 3 / 16])
+
+
+def test_weights_of_lists_and_of_steps_by_hand():
+    """Lists: ln 2 of a tied pair and ln 6 of three ties, weights 1 and 2: (ln 2 + 2 ln 6) / 3. A list of one has none.
+
+    Steps: scores of 0 cost ln 2 and of ln 3 ln 4/3; the rows have two and one, of weights 1 and 2.
+    """
+    mask = torch.tensor([[True, True, False], [True, True, True], [True, False, False]])
+    loss, _ = plackett_luce_loss(torch.zeros(3, 3), mask, weights=torch.tensor([1.0, 2.0, 5.0]))
+    assert loss.item() == pytest.approx((math.log(2) + 2 * math.log(6)) / 3)
+    scores, steps = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]]), torch.tensor([[True, True], [True, False]])
+    options = dict(labels=torch.ones(2, 2, dtype=torch.bool), mask=steps, weights=torch.tensor([1.0, 2.0]))
+    loss, _ = process_reward_loss(scores, **options)
+    assert loss.item() == pytest.approx((2 * math.log(2) + 2 * math.log(4 / 3)) / 4)
+    loss, _ = process_reward_loss(scores, **options, reduction="sequence")
+    assert loss.item() == pytest.approx((math.log(2) + 2 * math.log(4 / 3)) / 3)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=seeds)
+def test_a_weight_of_two_is_a_row_that_is_there_twice(seed):
+    scores, weights, twice = randn(seed, 4, 3), torch.tensor([2.0, 1, 1, 2], dtype=torch.float64), [0, 0, 1, 2, 3, 3]
+    labels, mask = randn(seed + 1, 4, 3) > 0, randn(seed + 2, 4, 3) > -1
+    mask[:, :2] = True
+    for weighed, repeated in (
+        (
+            bradley_terry_loss(scores[:, 0], scores[:, 1], margin=scores[:, 2], weights=weights),
+            bradley_terry_loss(scores[twice, 0], scores[twice, 1], margin=scores[twice, 2]),
+        ),
+        (plackett_luce_loss(scores, mask, weights=weights), plackett_luce_loss(scores[twice], mask[twice])),
+        (
+            process_reward_loss(scores, labels, mask, weights=weights),
+            process_reward_loss(scores[twice], labels[twice], mask[twice]),
+        ),
+    ):
+        assert weighed[0].item() == pytest.approx(repeated[0].item(), abs=1e-12)

@@ -247,3 +247,29 @@ def test_stats_carry_no_graph():
 def test_what_is_out_of_range_or_does_not_fit_is_named(options, complaint):
     with pytest.raises(ValueError, match=complaint):
         sft_loss(LOGPROBS, MASK, **options)
+
+
+# -------------------------------------------------------------------------------------------------------------- weights
+
+
+def test_weights_by_hand():
+    """Rows of weight 1 and 4: (1 + 2 + 3 + 4 * 4) / (3 + 4) = 22 / 7. The gauge does not know of them."""
+    loss, stats = sft_loss(LOGPROBS, MASK, weights=torch.tensor([[1.0], [4.0]]))
+    assert loss.item() == pytest.approx(22 / 7) and stats["nll"] == 2.5
+    assert sft_loss(LOGPROBS, MASK, weights=torch.tensor([[1.0], [0.0]]))[0] == 2
+    assert sft_loss(LOGPROBS, MASK, weights=torch.tensor([[1.0], [4.0]]), normalizer=11)[0] == 2
+
+
+@variants
+def test_a_weight_of_two_is_a_row_that_is_there_twice(variant):
+    logprobs, other, mask = draw(0)
+    twice = [0, 0, 1, 2, 3, 3, 4, 5, 6, 7]
+    weights = torch.tensor([2.0, 1, 1, 2, 1, 1, 1, 1], dtype=torch.float64)[:, None]
+    weighed, _ = sft_loss(logprobs, mask, weights=weights, **options_of(variant, other))
+    repeated, _ = sft_loss(logprobs[twice], mask[twice], **options_of(variant, other[twice]))
+    assert weighed.item() == pytest.approx(repeated.item(), abs=1e-12)
+
+
+def test_weights_need_tokens():
+    with pytest.raises(ValueError, match="weights with reduction='sequence': expected reduction='token'"):
+        sft_loss(LOGPROBS, MASK, weights=torch.ones(2, 1), reduction="sequence")

@@ -63,6 +63,22 @@ def test_class_weights():
     assert loss.item() == pytest.approx((4 / 3 * 0.2689414 + 0.5 * 0.1192029) / 2, abs=1e-7)
 
 
+def test_row_weights():
+    """Weights 3 and 1, by their sum or by a number: (3 * .2689414 + .1192029) / 4 or / 8. Empty rows do not count."""
+    weights = torch.tensor([3.0, 1.0])
+    loss, _ = unpaired_preference_loss("apo_zero_unpaired", **two_rows(), beta=2.0, row_weights=weights)
+    assert loss.item() == pytest.approx((3 * 0.2689414 + 0.1192029) / 4, abs=1e-7)
+    options = dict(beta=2.0, row_weights=weights, normalizer=8)
+    loss, _ = unpaired_preference_loss("apo_zero_unpaired", **two_rows(), **options)
+    assert loss.item() == pytest.approx((3 * 0.2689414 + 0.1192029) / 8, abs=1e-7)
+    rows = two_rows()
+    rows["mask"][1] = False
+    loss, _ = unpaired_preference_loss("apo_zero_unpaired", **rows, beta=2.0, row_weights=weights)
+    assert loss.item() == pytest.approx(0.2689414, abs=1e-7)
+    with pytest.raises(ValueError, match=r"row_weights.shape=\(1,\): expected one a row"):
+        unpaired_preference_loss("bco", **two_rows(), row_weights=torch.ones(1))
+
+
 def test_kto_at_its_reference_point_is_one_half():
     """x == kl: sigmoid(0), for either label."""
     rows = two_rows()

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf_core.config import OnPolicyConfig, OptimConfig, RunConfig, SamplingConfig
 from rlhf_core.demo.language import build_tokenizer
-from rlhf_core.trainers import dpo, grpo, online_dpo, ppo, raft, reinforce, reward, rloo, rrhf, sft
+from rlhf_core.trainers import dpo, grpo, kto, online_dpo, ppo, raft, reinforce, reward, rloo, rrhf, sft
 from rlhf_core.training.run import Interrupted, Run
 
 # Prompts and answers of different lengths, so that masks and padding matter. All words are Lumo's.
@@ -87,8 +87,15 @@ class Outcome:
 
 JOBS: dict[str, tuple[Any, Any, dict[str, Any]]] = {  # name: (module, config, the settings that make it what it is)
     "sft": (sft, sft.SFTConfig, {}),
+    "sft-noisy": (sft, sft.SFTConfig, {"neftune_alpha": 5.0, "loss": "dft"}),
+    "sft-smooth": (sft, sft.SFTConfig, {"label_smoothing": 0.1}),
     "reward": (reward, reward.RewardConfig, {"center_coef": 0.01}),
+    "reward-ensemble": (reward, reward.RewardConfig, {"ensemble": 3, "label_smoothing": 0.1}),
+    "reward-rankings": (reward, reward.RewardConfig, {"learn_from": "rankings"}),
+    "reward-steps": (reward, reward.RewardConfig, {"learn_from": "steps"}),
     "dpo": (dpo, dpo.DPOConfig, {}),
+    "kto": (kto, kto.KTOConfig, {"beta": 0.5, "desirable_weight": 1.5, "undesirable_weight": 0.3}),
+    "simpo": (dpo, dpo.SimPOConfig, {}),
     "ppo-head": (ppo, ppo.PPOConfig, {"value": "head"}),
     "ppo-policy": (ppo, ppo.PPOConfig, {"value": "policy"}),
     "ppo-reward": (ppo, ppo.PPOConfig, {"value": "reward"}),
@@ -99,6 +106,9 @@ JOBS: dict[str, tuple[Any, Any, dict[str, Any]]] = {  # name: (module, config, t
     "raft": (raft, raft.RAFTConfig, {"kl_coef": 1.0}),
     "rrhf": (rrhf, rrhf.RRHFConfig, {}),
 }
+DATA = {"sft": "sft", "sft-noisy": "weighted", "sft-smooth": "weighted", "reward": "pairs",
+        "reward-ensemble": "margins", "reward-rankings": "rankings", "reward-steps": "steps", "dpo": "pairs",
+        "kto": "labelled", "simpo": "pairs"}  # fmt: skip
 PPO = dict(
     minibatch_size=4, ppo_epochs=2, kl_coef=0.2, kl_horizon=20, kl_target=0.1, sampling=SamplingConfig(max_new_tokens=5)
 )
@@ -133,6 +143,7 @@ def material(tmp_path_factory) -> Iterator[Path]:
     }.items():
         rows = [json.dumps({column: pair[column] for column in columns}) + "\n" for pair in pairs]
         (folder / f"{name}.jsonl").write_text("".join(rows))
+    write_reward_data(folder, pairs)
     (folder / "lumo_rewards.py").write_text(REWARDS)
     sys.path.insert(0, str(folder))
     settings = dict(batch_size=5, epochs=6, optim=OptimConfig(lr=1e-2), progress=False)
@@ -145,6 +156,22 @@ def material(tmp_path_factory) -> Iterator[Path]:
     sys.path.remove(str(folder))
 
 
+def write_reward_data(folder: Path, pairs: list[dict[str, str]]) -> None:
+    """Weighted rows, pairs with margins, ranked lists of two to four, and solutions in one to three steps."""
+    for i, pair in enumerate(pairs):
+        prompt, answers = {"prompt": pair["prompt"]}, [ANSWERS[(i + j) % 10] for j in (0, 3, 5, 8)]
+        rows = {
+            "labelled": prompt | {"completion": answers[i % 2], "label": i % 2 == 0, "weight": 1 + i % 2},
+            "weighted": prompt | {"completion": answers[0], "weight": (0.5, 1.0, 2.0)[i % 3]},
+            "margins": prompt | {"chosen": answers[0], "rejected": answers[1], "margin": i / 4, "weight": 1 + i % 2},
+            "rankings": prompt | {"completions": answers[: 2 + i % 3], "weight": 1 + i % 2},
+            "steps": prompt | {"completions": answers[: 1 + i % 3], "labels": [True, i % 2 == 0, False][: 1 + i % 3]},
+        }
+        for name, row in rows.items():
+            with (folder / f"{name}.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
 @pytest.fixture(scope="session")
 def configure(material, tmp_path_factory) -> Callable[..., RunConfig]:
     """configure(job, **changes): settings of a short run of the job, each in a folder of its own."""
@@ -152,7 +179,7 @@ def configure(material, tmp_path_factory) -> Callable[..., RunConfig]:
 
     def build(job: str, **changes: Any) -> RunConfig:
         _, kind, settings = JOBS[job]
-        data = {"sft": "sft", "reward": "pairs", "dpo": "pairs"}.get(job, "prompts")
+        data = DATA.get(job, "prompts")
         settings = dict(
             model=material / "policy",
             data=material / f"{data}.jsonl",

@@ -27,6 +27,15 @@ def picky(prompts, completions, rows):
     ]
 
 
+def stepwise(prompts, completions, rows, completion_ids):
+    """By turns a vowel count for the whole completion, none, and for each token a reward of its own, by its id."""
+    whole = vowels(prompts, completions, rows)
+    return [
+        (whole[i], None, [(token % 7) / 10 - 0.2 for token in ids], [(token % 3) / 10 for token in ids])[i % 4]
+        for i, ids in enumerate(completion_ids)
+    ]
+
+
 def silent(prompts, completions, rows):
     return [None] * len(prompts)
 

@@ -10,30 +10,39 @@ from types import ModuleType
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from rlhf_core.batch import PackedBatch
 from rlhf_core.config import DataConfig, ModelConfig, OptimConfig
-from rlhf_core.models.forward import sequence_scores, token_logprobs
+from rlhf_core.models.forward import sequence_scores, token_logprobs, token_scores
 from rlhf_core.models.heads import ValueHead
 from rlhf_core.models.load import load_policy, load_reward_model
 from rlhf_core.training.run import Run
 
-JOBS = ["sft", "reward", "dpo", "ppo-head", "ppo-policy", "ppo-reward", "grpo", "rloo", "reinforce"]
+JOBS = ["sft", "sft-noisy", "sft-smooth", "reward", "reward-ensemble", "reward-rankings", "reward-steps"]
+JOBS += ["dpo", "kto", "simpo", "ppo-head", "ppo-policy", "ppo-reward", "grpo", "rloo", "reinforce"]
 JOBS += ["online-dpo", "raft", "rrhf"]
-DATA = {"sft": "sft", "reward": "pairs", "dpo": "pairs"}
+DATA = {"sft": "sft", "sft-noisy": "weighted", "sft-smooth": "weighted", "reward": "pairs",
+        "reward-ensemble": "margins", "reward-rankings": "rankings", "reward-steps": "steps", "dpo": "pairs",
+        "kto": "labelled", "simpo": "pairs"}  # fmt: skip
 STEADY = OptimConfig(lr=3e-3, schedule="linear", eps=1e-3)  # as in conftest.py
 every_job = pytest.mark.parametrize("job", JOBS)
 
 
 def name_of(job: str) -> str:
-    """As the command line has it: without the kind of critic."""
-    return "ppo" if job.startswith("ppo") else job
+    """As the command line has it: without the kind of critic, of loss or of data."""
+    return job.partition("-")[0] if job.startswith(("ppo", "sft", "reward")) else job
 
 
 def trainer(job: str) -> ModuleType:
-    return importlib.import_module(f"rlhf_core.trainers.{name_of(job).replace('-', '_')}")
+    name = {"simpo": "dpo"}.get(job, name_of(job))
+    return importlib.import_module(f"rlhf_core.trainers.{name.replace('-', '_')}")
 
 
 # ------------------------------------------------------------------------------------------------------- to be resumed
@@ -151,9 +160,22 @@ COMMON = [
     {"max_steps": None, "epochs": 3},
 ]
 OWN = {
-    "sft": [],
-    "reward": [{"center_coef": 0.0}],
-    "dpo": [{"beta": 0.5}, {"label_smoothing": 0.3}],
+    "sft": [{"loss": "dft"}, {"label_smoothing": 0.1}, {"neftune_alpha": 5.0}],
+    "sft-noisy": [{"loss": "nll"}, {"neftune_alpha": 1.0}],
+    "sft-smooth": [{"label_smoothing": 0.3}],
+    "reward": [{"center_coef": 0.0}, {"label_smoothing": 0.1}, {"ensemble": 2}],
+    "reward-ensemble": [{"label_smoothing": 0.0}, {"margins": False}],
+    "dpo": [
+        {"beta": 0.5}, {"label_smoothing": 0.3}, {"loss": "ipo"}, {"loss": "hinge,cpo"},
+        {"loss": "sigmoid,sft", "loss_weights": [1, 0.5]}, {"loss": "r_dpo", "loss_options": ["length_coef:0.5"]},
+        {"f_divergence": "js"}, {"f_divergence": "alpha", "f_alpha": 0.9}, {"ld_alpha": 0.2}, {"reference_free": True},
+        {"use_weighting": True}, {"reference_update": "sync"}, {"reference_update": "ema", "reference_rate": 0.5},
+    ],
+    "kto": [
+        {"beta": 0.1}, {"desirable_weight": 2.0}, {"undesirable_weight": 1.0}, {"loss": "bco"},
+        {"loss": "apo_zero_unpaired"}, {"loss": "bco", "loss_options": {"delta": 0.7}}, {"reference_update": "sync"},
+    ],
+    "simpo": [{"beta": 0.5}, {"loss_options": {"gamma": 0.1}}, {"label_smoothing": 0.3}, {"loss": "alphapo"}],
     "ppo-head": [
         {"minibatch_size": 3}, {"ppo_epochs": 1}, {"clip": 1e-3}, {"value_clip": 1e-3}, {"value_clip": None},
         {"value_coef": 1.0}, {"gamma": 0.9}, {"lam": 0.5}, {"kl_coef": 0.5}, {"kl_target": 0.01},
@@ -168,7 +190,8 @@ OWN = {
     ],
     "rloo": [
         {"num_generations": 4}, {"minibatch_size": 6}, {"rollout_epochs": 1}, {"kl_coef": 0.5}, {"clip": 1e-3},
-        {"missing_eos_penalty": 1.0}, {"sampling": {"max_new_tokens": 5, "temperature": 0.8}},
+        {"kl_estimator": "full"}, {"missing_eos_penalty": 1.0},
+        {"sampling": {"max_new_tokens": 5, "temperature": 0.8}},
     ],
     "online-dpo": [
         {"num_generations": 2}, {"minibatch_size": 3}, {"rollout_epochs": 2}, {"loss": "ipo"}, {"beta": 0.5},
@@ -209,7 +232,7 @@ def test_no_setting_is_ignored(train, plain_run, job, changes):
 def test_the_reference_and_the_data_are_those_that_were_named(train, plain_run, material, job):
     data = DataConfig(path=material / f"{DATA.get(job, 'prompts')}.jsonl", limit=3)
     assert not train(job, data=data).same_weights(plain_run(job))
-    if job not in ("sft", "reward"):
+    if name_of(job) not in ("sft", "reward", "simpo"):
         other = train(job, reference=plain_run("sft").folder)
         if job == "rrhf":  # there is none in its loss, and only the KL tells
             assert abs(other.metrics[0]["kl"]) > 1e-3
@@ -244,11 +267,16 @@ def test_what_was_trained_loads_in_plain_transformers(plain_run, material, job):
     batch = PackedBatch.pack([(prompt, [completion])])
     whole = torch.tensor([prompt + completion])
     with torch.no_grad():
-        if job == "reward":
-            plain = AutoModelForSequenceClassification.from_pretrained(outcome.folder)
+        if name_of(job) == "reward":
+            kind = AutoModelForTokenClassification if job == "reward-steps" else AutoModelForSequenceClassification
+            plain = kind.from_pretrained(outcome.folder)
             ours, _ = load_reward_model(outcome.folder)
-            assert plain.config.num_labels == 1
-            assert plain(whole).logits.item() == pytest.approx(sequence_scores(ours, batch).item(), abs=1e-5)
+            assert plain.config.num_labels == (3 if job == "reward-ensemble" else 1)
+            logits = plain(whole).logits[0]
+            if job == "reward-steps":
+                assert torch.allclose(logits[len(prompt) :, 0], token_scores(ours, batch)[0], atol=1e-5)
+                logits = logits[-1]
+            assert torch.allclose(logits, sequence_scores(ours, batch)[0], atol=1e-5)
         else:
             plain = AutoModelForCausalLM.from_pretrained(outcome.folder)
             ours, _ = load_policy(outcome.folder)
@@ -256,8 +284,7 @@ def test_what_was_trained_loads_in_plain_transformers(plain_run, material, job):
             expected = logprobs.gather(-1, torch.tensor(completion)[:, None]).squeeze(-1)
             assert torch.allclose(token_logprobs(ours, batch)[0], expected, atol=1e-5)
     source = material / "policy"
-    kind = AutoModelForSequenceClassification if job == "reward" else AutoModelForCausalLM
-    before = dict(kind.from_pretrained(source, num_labels=1).named_parameters())
+    before = dict(type(plain).from_pretrained(source, num_labels=plain.config.num_labels).named_parameters())
     moved = [name for name, after in plain.named_parameters() if not torch.equal(before[name], after)]
     assert len(moved) == len(before)  # all of it was trained
 
@@ -278,19 +305,36 @@ def test_ppo_leaves_its_critic(plain_run, material, job):
         assert not (outcome.folder / "value_head.safetensors").exists()
 
 
+SCORED = {"loss", "accuracy", "margin", "chosen_score", "rejected_score"}
+HELD_OUT = {
+    "sft": {"accuracy", "perplexity"},
+    "reward": {"accuracy_longer", "accuracy_shorter", "chosen_longer", "prefers_longer", "length_correlation",
+               "calibration_error"},
+}  # fmt: skip
+OF_STEPS = {"accuracy_right", "accuracy_wrong", "calibration_error"}
 POLICY = {"score", "score_std", "kl", "length", "eos_rate", "entropy", "policy_loss", "approx_kl", "clip_fraction",
           "ratio_max"}  # fmt: skip
+LABELLED = ("reward", "dpo", "kto", "simpo")
 PAIRED = {"loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logprob", "rejected_logprob"}
 PLAYED = {"score", "score_std", "kl", "length", "eos_rate", "excluded", "kept", "skipped"}
 
 
 @every_job
 def test_metrics_of_every_step_and_of_evaluations(train, material, job):
-    outcome = train(job, eval_data=material / f"{DATA.get(job, 'prompts')}.jsonl", eval_every=3)
+    """And of evaluations the best model, by one of their gauges."""
+    gauge = {"sft": "eval_nll"}.get(name_of(job), "eval_accuracy" if name_of(job) in LABELLED else "eval_score")
+    outcome = train(job, eval_data=material / f"{DATA.get(job, 'prompts')}.jsonl", eval_every=3, keep_best=gauge)
     expected = {
-        "sft": {"nll", "tokens"},
-        "reward": {"loss", "accuracy", "margin", "chosen_score", "rejected_score"},
+        "sft": {"loss", "nll", "tokens"},
+        "sft-noisy": {"loss", "nll", "tokens"},
+        "sft-smooth": {"loss", "nll", "tokens"},
+        "reward": SCORED,
+        "reward-ensemble": SCORED | {"disagreement"},
+        "reward-rankings": {"loss", "accuracy", "margin"},
+        "reward-steps": {"loss", "accuracy"},
         "dpo": PAIRED,
+        "kto": {"loss", "accuracy", "margin", "desirable", "desirable_reward", "undesirable_reward", "kl"},
+        "simpo": PAIRED,
         "grpo": POLICY | {"excluded", "flat_groups", "kl_loss"},
         "rloo": POLICY | {"excluded", "flat_groups"},
         "reinforce": POLICY | {"excluded", "greedy_score"},
@@ -299,14 +343,21 @@ def test_metrics_of_every_step_and_of_evaluations(train, material, job):
         "rrhf": PLAYED | {"flat_groups", "loss", "accuracy"},
     }.get(job, POLICY | {"kl_coef", "explained_variance", "value_loss", "value_clip_fraction", "value_mean",
                          "excluded", "paid_score", "skipped"})  # fmt: skip
-    held_out = {f"eval_{name}" for name in ({"score", "kl"} if "kl" in expected else expected - {"tokens"})}
+    held_out = {"score", "kl"} if "score" in expected else (expected - {"tokens"}) | HELD_OUT.get(name_of(job), set())
+    held_out = {f"eval_{name}" for name in (held_out if job != "reward-steps" else expected | OF_STEPS)}
     for row in outcome.metrics:
         wanted = {"step", "grad_norm", "lr"} | expected | (held_out if row["step"] in (3, 4) else set())
-        assert row.keys() == wanted
+        assert row.keys() - {"eval_accuracy_alike"} == wanted  # whether any two lengths are alike is up to the data
         assert all(isinstance(value, int | float) for value in row.values())
     about = json.loads((outcome.folder / "run.json").read_text())
     assert about["job"] == name_of(job)
     assert about["total_steps"] == 4
+    best = json.loads((outcome.folder / "best" / "best.json").read_text())
+    assert (best["step"], best["value"]) in [(row["step"], row.get(gauge)) for row in outcome.metrics]
+    files = {path.name for path in outcome.folder.iterdir() if path.suffix in (".safetensors", ".json")}
+    assert files - {"run.json"} == {path.name for path in (outcome.folder / "best").iterdir() if path.is_file()} - {
+        "best.json", "chat_template.jinja"
+    }  # fmt: skip
 
 
 @every_job
@@ -376,7 +427,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_nothing(configure, t
     module = trainer(job)
     name = {
         "sft": "sft_loss", "raft": "sft_loss", "reward": "bradley_terry_loss", "rrhf": "ranked_preference_loss",
-        "dpo": "preference_loss", "online-dpo": "preference_loss",
+        "sft-noisy": "sft_loss", "sft-smooth": "sft_loss", "reward-ensemble": "bradley_terry_loss",
+        "reward-rankings": "plackett_luce_loss", "reward-steps": "process_reward_loss",
+        "dpo": "preference_loss", "kto": "unpaired_preference_loss", "simpo": "preference_loss",
+        "online-dpo": "preference_loss",
     }.get(job, "policy_loss")  # fmt: skip
     original = getattr(module, name)
 

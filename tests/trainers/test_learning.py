@@ -250,7 +250,7 @@ def test_ppo_with_its_reward_negated_does_not(train):
 def test_ppo_with_its_advantages_negated_does_not(train, monkeypatch):
     module = importlib.import_module("rlhf_core.trainers.ppo")
     original = module.masked_whiten
-    monkeypatch.setattr(module, "masked_whiten", lambda *args: -original(*args))
+    monkeypatch.setattr(module, "masked_whiten", lambda *args, **options: -original(*args, **options))
     start, end = please(train, "likes")
     assert end <= start
 

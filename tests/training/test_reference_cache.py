@@ -13,7 +13,7 @@ from rlhf_core.data.loader import micro_batches
 from rlhf_core.data.tokenize import Example
 from rlhf_core.models.forward import token_logprobs
 from rlhf_core.training import reference_cache
-from rlhf_core.training.reference_cache import cache_key, cached_logprobs, caching_pays
+from rlhf_core.training.reference_cache import cache_key, cached_logprobs
 
 
 def make_model(seed: int = 0, **changes) -> LlamaForCausalLM:
@@ -62,8 +62,32 @@ def test_the_file_is_found_again(tmp_path: Path, calls):
     assert calls == [6, 6, 2]  # two completions an example, each seen once
     again = cached_logprobs(make_model(), make_examples(), folder=tmp_path, batch_size=2)
     assert calls == [6, 6, 2]
-    assert torch.equal(first.of(examples), again.of(again._examples))
+    assert torch.equal(first.of(examples), again.of(make_examples()))
     assert len([*tmp_path.iterdir()]) == 1
+
+
+class Lazy:
+    """A sequence that makes its examples anew each time, as one on disk does."""
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        return make_examples()[index]
+
+
+def test_examples_are_told_by_their_ids_not_by_who_they_are(tmp_path: Path, calls):
+    """Made anew at every look; and with a held-out set beside them it is one cache of both."""
+    model, examples = make_model(), make_examples()
+    expected = cached_logprobs(model, examples, folder=tmp_path, batch_size=3)
+    lazy = cached_logprobs(model, Lazy(), folder=tmp_path, batch_size=3)
+    assert calls == [6, 6, 2]  # the same file
+    assert torch.equal(lazy.of(make_examples()[2:5]), expected.of(examples[2:5]))
+    both = cached_logprobs(model, examples[:4], examples[4:], folder=tmp_path, batch_size=3)
+    assert calls == [6, 6, 2]
+    assert torch.equal(both.of(examples[3:]), expected.of(examples[3:]))
+    with pytest.raises(KeyError):
+        expected.of([Example([1, 2], ([3], [4]), None)])
 
 
 def test_what_is_computed_again_is_bit_for_bit_the_same(tmp_path: Path):
@@ -121,12 +145,3 @@ def test_a_file_that_is_not_what_was_written_is_computed_again(tmp_path: Path, c
     calls.clear()
     cached_logprobs(model, examples, folder=tmp_path, batch_size=7)
     assert calls == []
-
-
-@pytest.mark.parametrize(
-    ("examples", "batch_size", "steps", "expected"),
-    [(100, 10, 10, False), (100, 10, 11, True), (95, 10, 10, False), (95, 10, 20, True), (100, 10, 3, False)],
-)
-def test_when_it_pays(examples, batch_size, steps, expected):
-    """One pass over the data is what it costs; an epoch of 95 rows has ten steps."""
-    assert caching_pays(examples, batch_size, steps) is expected

@@ -397,6 +397,115 @@ def test_a_good_step_between_bad_ones_starts_the_count_anew(tmp_path, monkeypatc
     train(settings(tmp_path), total_steps=19)
 
 
+# ------------------------------------------------------------------------------------------------------- the best one
+
+GOOD = {2: 0.5, 4: 0.9, 6: 0.7, 8: 0.9, 10: math.nan}
+
+
+def train_evaluated(config: ToyConfig, values: dict[int, float], *, during=lambda step: None) -> None:
+    """Ten steps of a model that holds the number of its last step; evaluations say what they are told to say."""
+    claim_folder(config)
+    model = nn.Linear(1, 1)
+    with torch.no_grad():
+        model.weight.zero_(), model.bias.zero_()
+    optimizer = build_optimizer([model], config.optim)
+
+    def write(folder: Path) -> None:
+        (folder / "weights.json").write_text(json.dumps(model.weight.item()))
+
+    with Run("toy", config, 10, modules={"m": model}, optimizer=optimizer, write=write) as run:
+        for step in run.steps():
+            with torch.no_grad():
+                model.weight.add_(1)
+            run.log(step, {"loss": 1.0} | ({"eval_gauge": values[step]} if run.evaluate_now(step) else {}))
+            during(step)
+        run.save()
+
+
+def best_of(config: ToyConfig) -> tuple[float, int]:
+    """The model that was kept, which is the number of its step, and the step that it says it is from."""
+    folder = Path(config.output, "best")
+    return json.loads((folder / "weights.json").read_text()), json.loads((folder / "best.json").read_text())["step"]
+
+
+EVALUATED = dict(eval_data="d", eval_every=2, keep_best="eval_gauge")
+
+
+def test_the_best_model_is_kept_the_first_of_equals_and_never_one_that_is_not_a_number(tmp_path, capsys):
+    config = settings(tmp_path, **EVALUATED | {"progress": True})
+    train_evaluated(config, GOOD)
+    assert best_of(config) == (4.0, 4)
+    assert json.loads(Path(config.output, "weights.json").read_text()) == 10.0
+    assert "the best one (eval_gauge 0.9 at step 4) is in" in capsys.readouterr().err
+    assert not [path for path in Path(config.output).iterdir() if path.name.startswith(".best")]
+
+
+@pytest.mark.parametrize("gauge", ["eval_loss", "eval_nll", "eval_kl"])
+def test_of_a_loss_the_least_is_the_best(tmp_path, gauge, monkeypatch):
+    config = settings(tmp_path, **EVALUATED | {"keep_best": gauge})
+    original = Run.log
+
+    def rename(self, step, metrics):
+        original(self, step, {name.replace("eval_gauge", gauge): value for name, value in metrics.items()})
+
+    monkeypatch.setattr(Run, "log", rename)
+    train_evaluated(config, GOOD)
+    assert best_of(config) == (2.0, 2)
+
+
+@pytest.mark.parametrize("stops", [[3], [4], [5, 9]], ids=str)
+def test_the_best_is_the_same_after_stops(tmp_path, stops):
+    config = settings(tmp_path, **EVALUATED)
+    for stop in stops:
+        with pytest.raises(Interrupted):
+            train_evaluated(config, GOOD, during=at(stop, interrupt))
+        config = replace(config, resume=True)
+    train_evaluated(config, GOOD)
+    assert best_of(config) == (4.0, 4)
+
+
+def test_the_best_is_the_same_after_a_crash_behind_it(tmp_path):
+    """Checkpoint at 3, best at 4, crash at 5: step 4 is done again, and is no better than itself."""
+    config = settings(tmp_path, **EVALUATED, save_every=3)
+
+    def crash() -> None:
+        raise RuntimeError("crash")
+
+    with pytest.raises(RuntimeError, match="crash"):
+        train_evaluated(config, GOOD, during=at(5, crash))
+    assert best_of(config) == (4.0, 4)
+    train_evaluated(replace(config, resume=True), GOOD)
+    assert best_of(config) == (4.0, 4)
+    Path(config.output, "best").replace(Path(config.output, ".best-old"))  # killed between two renames
+    train_evaluated(replace(config, resume=True), GOOD)
+    assert best_of(config) == (4.0, 4)
+
+
+def test_a_run_that_starts_anew_forgets_the_best_of_another(tmp_path):
+    config = settings(tmp_path, **EVALUATED)
+    train_evaluated(config, GOOD)
+    for checkpoint in Path(config.output).glob("checkpoints/*"):
+        checkpoint.rename(tmp_path / checkpoint.name)
+    train_evaluated(replace(config, resume=True), {2: 0.1, 4: 0.2, 6: 0.3, 8: 0.2, 10: 0.1})
+    assert best_of(config) == (6.0, 6)
+
+
+def test_keeping_the_best_needs_a_gauge_and_evaluations(tmp_path):
+    for changes, message in (
+        ({"keep_best": "loss"}, "keep_best='loss': expected a gauge of the evaluation"),
+        ({"eval_every": 0}, "keep_best='eval_gauge': expected eval_data, and eval_every more than 0"),
+        ({"eval_data": None}, "keep_best='eval_gauge': expected eval_data"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            settings(tmp_path, **EVALUATED | changes)
+    with pytest.raises(
+        ConfigError, match="keep_best='eval_guage': expected one of eval_gauge; did you mean eval_gauge"
+    ):
+        train_evaluated(settings(tmp_path, **EVALUATED | {"keep_best": "eval_guage"}), GOOD)
+    with pytest.raises(ConfigError, match="toy keeps the last model alone"):
+        train(settings(tmp_path / "other", **EVALUATED))
+
+
 def test_kernels_that_cannot_run_are_refused_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ConfigError, match="kernels='triton': .*but the inputs are on 'cpu'"):
