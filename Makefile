@@ -15,6 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 PARITY := .envs/parity
+PARITY_PPO := .envs/parity-1.12
 
 # A .venv that was copied or moved together with its checkout still points at the old place; the stamp knows its own.
 ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
@@ -72,15 +73,18 @@ demo: $(STAMP)  ## SFT, reward model, PPO and DPO on a small invented language, 
 docs: $(STAMP)  ## write docs/losses.md from the code
 	@$(BIN)/python docs/loss_table.py
 
-parity: $(PARITY)/.stamp  ## run TRL, Liger and Stable-Baselines3 again for tests/parity/golden (makes .envs/parity first)
+parity: $(PARITY)/.stamp $(PARITY_PPO)/.stamp  ## run TRL, Liger and Stable-Baselines3 again for tests/parity/golden
 	@$(PARITY)/bin/python tests/parity/regenerate.py
+	@$(PARITY_PPO)/bin/python tests/parity/regenerate.py
 
-# torch first and alone, so that nothing else chooses which build of it.
 $(PARITY)/.stamp: tests/parity/requirements.txt
-	@echo "Setting up $(PARITY) (once, a minute or two; 2.5 GB) ..."
-	@rm -rf $(PARITY)
-	@$(PYTHON) -m venv $(PARITY)
-	@pip="$(PARITY)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS)"; \
+$(PARITY_PPO)/.stamp: tests/parity/requirements-1.12.txt
+# torch first and alone, so that nothing else chooses which build of it.
+$(PARITY)/.stamp $(PARITY_PPO)/.stamp:
+	@echo "Setting up $(@D) (once, a minute or two; 2.5 GB) ..."
+	@rm -rf $(@D)
+	@$(PYTHON) -m venv $(@D)
+	@pip="$(@D)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS)"; \
 	  $$pip "$$(grep '^torch==' $<)"; \
 	  $$pip -r $<
 	@touch $@

@@ -24,14 +24,15 @@ def settings_of(file: str, loss: str) -> list[dict]:
 def test_the_files():
     tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
     assert list(FILES) == sorted(set(re.findall(r'read\("(\w+)"\)', tests))), "a file without a test, or the reverse"
-    assert sum(path.stat().st_size for path in FILES.values()) < 300_000
+    assert sum(path.stat().st_size for path in FILES.values()) < 480_000
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_each_says_what_made_it(file):
-    """The versions are those that requirements.txt pins, so nobody renews one and forgets the other."""
+    """The versions are those that the requirements pin, so nobody renews one and forgets the other."""
     golden = read(file)
-    requirements = (Path(__file__).parent / "requirements.txt").read_text()
+    pins = "requirements-1.12.txt" if file == "trl_ppo" else "requirements.txt"
+    requirements = (Path(__file__).parent / pins).read_text()
     pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", requirements, re.MULTILINE))
     peers = {"trl", "liger-kernel", "stable-baselines3"} & golden.versions.keys()
     assert len(peers) == 1 and "torch" in golden.versions and isinstance(golden.seed, int)

@@ -12,7 +12,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 WORDS = ["<unk>", "<pad>", "<s>", "</s>", *"abcdefgh"]
 PAD, BOS, EOS, WORD = 1, 2, 3, 4  # WORD: any id that is no special token
@@ -48,6 +54,20 @@ def causal_model() -> LlamaForCausalLM:
 def reward_model() -> LlamaForSequenceClassification:
     torch.manual_seed(0)
     return LlamaForSequenceClassification(_config(num_labels=1))
+
+
+def ppo_models(seed: int) -> dict[str, PreTrainedModel]:
+    """Whom PPO needs, in float64, with weights that float32 holds, far enough apart for ratios and KL that differ."""
+    torch.manual_seed(seed)
+    config = _config(initializer_range=0.5)
+    models = {"policy": LlamaForCausalLM(config), "reference": LlamaForCausalLM(config)}
+    with torch.no_grad():
+        pairs = zip(models["policy"].parameters(), models["reference"].parameters(), strict=True)
+        for parameter, reference in pairs:
+            reference.copy_(parameter + 0.1 * torch.randn_like(parameter))
+    scorer = _config(initializer_range=0.5, num_labels=1)
+    models |= {role: LlamaForSequenceClassification(scorer) for role in ("value_model", "reward_model")}
+    return {role: model.float().double() for role, model in models.items()}
 
 
 def _config(**settings: Any) -> LlamaConfig:
