@@ -1,6 +1,7 @@
 """One DPO step, forward and backward: rlhf_core against TRL on the CPU, same weights, same pairs, in one run.
 
     python benchmarks/vs_trl/dpo.py [--steps 5] [--shape mixed|short|long] [--model deep|shallow] [--quick]
+    python benchmarks/vs_trl/dpo.py --rows hh [--steps 5] [--quick]
 
 Run it from the project's own environment; TRL gets one of its own (environment.py). Every contestant is a process that
 stays alive and makes one step when asked, so steps are interleaved: a change in the machine's load meets all of them.
@@ -14,8 +15,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,13 +22,21 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from environment import trl_python
-from material import MODELS, SHAPES, make_material, make_pairs, real_tokens
+from material import (
+    MODELS,
+    REAL_MODEL,
+    SHAPES,
+    VOCABULARY,
+    hh_pairs,
+    make_material,
+    make_pairs,
+    make_real_model,
+    real_tokens,
+)
+from players import HERE, Player, machine, say
 from safetensors.torch import load_file
 from torch import Tensor
 
-HERE = Path(__file__).parent
-REPOSITORY = HERE.parents[1]
 BETA = 0.1
 TOLERANCE = 2e-6  # relative error of the loss and of the whole gradient
 
@@ -53,52 +60,22 @@ ENTRIES = (
 )
 
 
-class Child:
-    """A contestant's process; see child.py for the conversation."""
+class Contestant(Player):
+    """An entry's process, and the steps that it has made."""
 
-    def __init__(self, entry: Entry, python: Path, folder: Path, threads: int) -> None:
+    def __init__(self, entry: Entry, folder: Path, *, threads: int, trl: str) -> None:
+        arguments = [folder, f"--beta={BETA}", f"--threads={threads}", *entry.options]
+        super().__init__(entry.name, entry.script, arguments, folder, threads=threads, trl=trl)
         self.entry = entry
-        self.log = folder / f"{entry.name}.log"
-        environment = os.environ | {
-            "OMP_NUM_THREADS": str(threads),
-            "MKL_NUM_THREADS": str(threads),
-            "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_OFFLINE": "1",
-            "HF_HOME": str(folder / "huggingface"),  # no cache of an earlier run
-        }
-        ours = entry.script == "ours_dpo.py"
-        environment["PYTHONPATH"] = f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'kernels'}" if ours else ""
-        command = [python, HERE / entry.script, folder, f"--beta={BETA}", f"--threads={threads}", *entry.options]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
-            )
-        self.about = self._answer()
         self.steps: list[dict] = []
-
-    def ask(self, **request: str) -> dict:
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict:
-        line = self.process.stdout.readline()
-        if not line:
-            status = self.process.wait()
-            tail = "\n".join(self.log.read_text().splitlines()[-30:])
-            raise SystemExit(f"{self.entry.name!r} ended with status {status}. The end of its log:\n{tail}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each contestant")
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="mixed")
-    parser.add_argument("--model", choices=sorted(MODELS), default="deep")
+    parser.add_argument("--rows", choices=["random", "hh"], default="random", help="hh: real pairs, and 30M parameters")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="mixed", help="of random pairs")
+    parser.add_argument("--model", choices=sorted(MODELS), default="deep", help="for random pairs")
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -111,16 +88,13 @@ def main() -> None:
     if args.steps < 1 or args.pairs < 1:
         parser.error(f"--steps {args.steps} and --pairs {args.pairs} must be at least 1")
 
-    pythons = {"ours_dpo.py": Path(sys.executable), "trl_dpo.py": trl_python(args.trl)}
-    load = os.getloadavg()
-    pairs = make_pairs(SHAPES[args.shape], args.pairs, args.seed)
     with tempfile.TemporaryDirectory(prefix="vs_trl_") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
-        parameters = make_material(folder, args.model, pairs, args.seed)
+        pairs, parameters = make_folder(folder, args)
         children = []
         for entry in ENTRIES:
             say(f"loading: {entry.name}")
-            child = Child(entry, pythons[entry.script], folder, args.threads)
+            child = Contestant(entry, folder, threads=args.threads, trl=args.trl)
             stack.callback(child.close)
             children.append(child)
         errors = check_parity(children, folder, args.threads)
@@ -129,27 +103,50 @@ def main() -> None:
                 child.steps.append(child.ask(do="step"))
                 say(f"step {number + 1}/{args.steps}: {child.entry.name}: {child.steps[-1]['seconds']:.2f} s")
 
+    model = REAL_MODEL if args.rows == "hh" else {"vocab_size": VOCABULARY, **MODELS[args.model]}
+    lengths = [len(ids) for pair in pairs for ids in (pair["chosen"], pair["rejected"])]
     report = {
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
         "shape": {
-            "name": args.shape,
-            "prompt_tokens": SHAPES[args.shape].prompt,
-            "completion_tokens": SHAPES[args.shape].completion,
+            "name": "hh" if args.rows == "hh" else args.shape,
+            "prompt_tokens": (min(len(pair["prompt"]) for pair in pairs), max(len(pair["prompt"]) for pair in pairs)),
+            "completion_tokens": (min(lengths), max(lengths)),
             "pairs": args.pairs,
             "real_tokens": real_tokens(pairs),
         },
-        "model": {"name": args.model, "parameters": parameters, **MODELS[args.model]},
+        "model": {"name": "real" if args.rows == "hh" else args.model, "parameters": parameters, **model},
         "beta": BETA,
         "seed": args.seed,
         "threads": args.threads,
         "steps": args.steps,
-        "machine": machine(load),
+        "machine": machine(),
         "versions": {"ours": children[0].about["versions"], "trl": children[1].about["versions"]},
         "results": results(children, errors, real_tokens(pairs)),
     }
     print_report(report)
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def make_folder(folder: Path, args: argparse.Namespace) -> tuple[list[dict[str, list[int]]], int]:
+    """Models and pairs, on disk as all sides read them; returns the pairs and the model's number of parameters."""
+    if args.rows == "random":
+        pairs = make_pairs(SHAPES[args.shape], args.pairs, args.seed)
+        return pairs, make_material(folder, args.model, pairs, args.seed)
+    from transformers import AutoTokenizer
+
+    from rlhf_core.config import DataConfig
+    from rlhf_core.data.loader import load_examples
+
+    parameters = make_real_model(folder, args.seed)
+    rows = hh_pairs(args.pairs, args.seed)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
+    examples = load_examples(DataConfig(path=folder / "rows.jsonl"), tokenizer, need="preference")
+    names = ("prompt", "chosen", "rejected")
+    pairs = [dict(zip(names, (example.prompt, *example.completions), strict=True)) for example in examples]
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+    return pairs, parameters
 
 
 def exact(folder: Path, threads: int) -> tuple[dict[str, float], dict[str, Tensor]]:
@@ -163,7 +160,7 @@ def exact(folder: Path, threads: int) -> tuple[dict[str, float], dict[str, Tenso
     return json.loads(done.stdout), load_file(path)
 
 
-def check_parity(children: list[Child], folder: Path, threads: int) -> dict[str, dict[str, float]]:
+def check_parity(children: list[Contestant], folder: Path, threads: int) -> dict[str, dict[str, float]]:
     """One step of each, which is also the warm-up. Ends the program unless all losses and gradients are the exact ones.
 
     Ours must be within TOLERANCE. TRL adds up each sequence's log-probs in float32 before it subtracts the reference's,
@@ -212,7 +209,7 @@ def relative_distance(gradient: dict[str, Tensor], truth: dict[str, Tensor]) -> 
     return (apart / sum(tensor.double().square().sum() for tensor in truth.values())).sqrt().item()
 
 
-def results(children: list[Child], errors: dict[str, dict[str, float]], tokens: int) -> list[dict]:
+def results(children: list[Contestant], errors: dict[str, dict[str, float]], tokens: int) -> list[dict]:
     rows = {}
     for child in children:
         seconds = [step["seconds"] for step in child.steps]
@@ -243,8 +240,8 @@ def print_report(report: dict) -> None:
     )
     model = report["model"]
     print(
-        f"  model     Llama, {model['name']}: {model['parameters'] / 1e6:.1f}M parameters, vocabulary 32,000, "
-        f"{model['num_hidden_layers']} layers of {model['hidden_size']}, "
+        f"  model     Llama, {model['name']}: {model['parameters'] / 1e6:.1f}M parameters, "
+        f"vocabulary {model['vocab_size']:,}, {model['num_hidden_layers']} layers of {model['hidden_size']}, "
         f"{'tied' if model['tie_word_embeddings'] else 'untied'} head"
     )
     for side, found in report["versions"].items():
@@ -276,26 +273,6 @@ added MiB       peak resident memory in a step, above what was resident after lo
 time, memory    s/step and added MiB over ours with the same treatment of the reference
 loss, grad err  relative error of the loss and of the whole gradient against float64; from ours: the gradient"""
     )
-
-
-def machine(load: tuple[float, ...]) -> dict:
-    processor = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                processor = line.split(":", 1)[1].strip()
-                break
-    return {
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "load": [round(average, 2) for average in load],
-    }
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

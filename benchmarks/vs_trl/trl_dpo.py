@@ -23,6 +23,10 @@ def build(args: argparse.Namespace) -> Contestant:
     )
     tokenizer = AutoTokenizer.from_pretrained(args.folder / "policy")
     pairs = json.loads((args.folder / "pairs.json").read_text())
+    rows = args.folder / "rows.jsonl"  # real ones; of random ones there are only the token ids
+    texts = (
+        [json.loads(line) for line in rows.open()] if rows.exists() else [as_text(pair, tokenizer) for pair in pairs]
+    )
     config = DPOConfig(
         output_dir=str(args.folder / "trl_output"),
         beta=args.beta,
@@ -38,7 +42,7 @@ def build(args: argparse.Namespace) -> Contestant:
         model=policy,
         ref_model=reference,
         args=config,
-        train_dataset=Dataset.from_list([as_text(pair, tokenizer) for pair in pairs]),
+        train_dataset=Dataset.from_list(texts),
         processing_class=tokenizer,
     )
     rows = [trainer.train_dataset[i] for i in range(len(pairs))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -29,27 +30,26 @@ class Wait(TrainerCallback):
         row = state.log_history[-1]
         self.turns.end(score=row["objective/scores"], kl=row["objective/kl"], updates=self.updates)
         self.updates = 0
-        if state.global_step < self.turns.args.iterations:
+        if state.global_step < self.turns.args.steps:
             self.turns.begin()
 
 
 def main() -> None:
     turns = Turns()
     args = turns.args
-    policy, reference = (
-        AutoModelForCausalLM.from_pretrained(args.folder / "policy", dtype=torch.float32) for _ in range(2)
-    )
+    folder = Path(args.folder)
+    policy, reference = (AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32) for _ in range(2))
     reward_model, value_model = (
-        AutoModelForSequenceClassification.from_pretrained(args.folder / name, num_labels=1, dtype=torch.float32)
+        AutoModelForSequenceClassification.from_pretrained(folder / name, num_labels=1, dtype=torch.float32)
         for name in ("reward_model", "reward_model")
     )
-    tokenizer = AutoTokenizer.from_pretrained(args.folder / "policy", padding_side="left")
-    prompts = json.loads((args.folder / "prompts.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy", padding_side="left")
+    prompts = json.loads((folder / "prompts.json").read_text())
     data = Dataset.from_dict({"input_ids": prompts})
     waiting = Wait(turns)
     trainer = PPOTrainer(
         args=PPOConfig(
-            output_dir=str(args.output),
+            output_dir=args.output,
             use_cpu=True,
             bf16=False,  # the default is True, on the CPU too; the other side is float32
             gradient_checkpointing=False,
@@ -57,7 +57,7 @@ def main() -> None:
             gradient_accumulation_steps=1,  # with more, accelerate makes one update an epoch of all minibatches
             num_mini_batches=args.minibatches,
             num_ppo_epochs=args.epochs,
-            total_episodes=args.prompts * args.iterations,
+            total_episodes=args.prompts * args.steps,
             response_length=args.tokens,
             stop_token="eos",
             temperature=1.0,

@@ -1,42 +1,41 @@
-"""The child's half of the PPO benchmark: take one iteration each time the parent asks for one, and say what it took.
+"""The child's half of a benchmark of training loops: take one step each time the parent asks, and say what it took.
 
 Lines of JSON over stdin and stdout, as in child.py. The loop that is measured is the trainer's own: it calls `begin`
-before an iteration, which waits to be asked, and `end` after it. Runs in the project's environment and in TRL's.
+before a step, which waits to be asked, and `end` after it. Runs in the project's environment and in TRL's.
 """
 
 from __future__ import annotations
 
-import argparse
+import gc
 import json
 import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from child import PeakMemory, versions
+from torch import nn
 
 
 class Turns:
     """`args` are what the parent wants; the first `begin` says that everything is loaded."""
 
     def __init__(self) -> None:
-        parser = argparse.ArgumentParser()
-        parser.add_argument("folder", type=Path, help="made by ppo.py")
-        parser.add_argument("output", type=Path)
-        for name in ("prompts", "tokens", "epochs", "minibatches", "iterations", "threads"):
-            parser.add_argument(f"--{name}", type=int, required=True)
-        parser.add_argument("--value", default="head", help="ours: whose trunk the critic has")
-        self.args = parser.parse_args()
+        self.args = SimpleNamespace(**json.loads(Path(sys.argv[1]).read_text()))
         self.answers = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)  # whatever a library prints goes to the log, not into the conversation
         torch.set_num_threads(self.args.threads)
         self.memory: PeakMemory | None = None
+        self.taken = 0
+        self.facts: dict[str, float] = {}  # to be told at the end of this step
 
     def begin(self) -> None:
         if self.memory is None:
-            self.memory = PeakMemory()
             self._answer({"versions": versions()})
+            read_lazy_weights()
+            self.memory = PeakMemory()
         if not sys.stdin.readline():
             sys.exit()  # the parent is gone
         self.memory.reset()
@@ -44,7 +43,26 @@ class Turns:
 
     def end(self, **facts: float) -> None:
         seconds, cpu_seconds = time.perf_counter() - self.started, time.process_time() - self.cpu_started
-        self._answer({"seconds": seconds, "cpu_seconds": cpu_seconds, "added_mib": self.memory.added_mib(), **facts})
+        self._answer(
+            {
+                "seconds": seconds,
+                "cpu_seconds": cpu_seconds,
+                "added_mib": self.memory.added_mib(),
+                **facts,
+                **self.facts,
+            }
+        )
+        self.taken, self.facts = self.taken + 1, {}
 
     def _answer(self, answer: dict) -> None:
         self.answers.write(json.dumps(answer) + "\n")
+
+
+def read_lazy_weights() -> None:
+    """Weights that are still in a mapped file count as loaded, not as added by a step."""
+    with torch.no_grad():
+        for thing in gc.get_objects():
+            if issubclass(type(thing), nn.Module):  # isinstance would wake whatever is lazy
+                for tensor in (*thing._parameters.values(), *thing._buffers.values()):
+                    if tensor is not None:
+                        tensor.sum()
