@@ -57,8 +57,8 @@ def common(data: str, name: str, epochs: float, lr: float, batch_size: int = 16)
     )  # fmt: skip
 
 
-def write_sentiment_pairs() -> str:
-    """Positive against negative sentences, paired at random."""
+def write_sentiment_pairs(folder: Path = OUT) -> str:
+    """Positive against negative sentences, paired at random, as two files; their path, a {} where the split goes."""
     rng = random.Random(0)
     for split in ("train", "test"):
         with gzip.open(SHARED / "data" / f"sentiment_sentences_{split}.jsonl.gz", "rt") as lines:
@@ -67,8 +67,8 @@ def write_sentiment_pairs() -> str:
         rng.shuffle(kind)
         rng.shuffle(unkind)
         pairs = [{"prompt": "", "chosen": a, "rejected": b} for a, b in zip(kind, unkind, strict=False)]
-        (OUT / f"sentiment_{split}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    return str(OUT / "sentiment_{}.jsonl")
+        (folder / f"sentiment_{split}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return str(folder / "sentiment_{}.jsonl")
 
 
 def run_ppo() -> dict[str, float]:

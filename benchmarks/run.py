@@ -14,6 +14,7 @@ HERE = Path(__file__).parent
 BENCHMARKS = {
     "prefix_sharing": "one prompt for two completions against a prompt each, in a whole DPO step",
     "packing": "packed against padded, and the cost of packing itself, as batches grow",
+    "tokenise": "Alpaca's 52,002 rows read, tokenised and packed, every token accounted for (needs RLHF_SHARED)",
     "packed_attention": "attention over a stream, walked group by group, against a dense mask and against padding",
     "token_logprobs": "log-probs from logits against log_softmax and gather",
     "kl_divergence": "exact KL from logits against two log_softmax",
@@ -21,6 +22,7 @@ BENCHMARKS = {
     "linear_kl": "exact KL from hidden states against the plain way",
     "sampling": "completions with log-probs and values against transformers' generate alone",
     "gae": "advantages as one cumulative sum against the loop over tokens",
+    "frontier": "reward against KL of five algorithms at several strengths, as a figure (needs RLHF_SHARED)",
     "real_road": "the long versions of the proofs on real weights and data (needs RLHF_SHARED)",
 }
 
@@ -28,12 +30,16 @@ BENCHMARKS = {
 def main() -> int:
     lines = "\n".join(f"  {name:<16} {summary}" for name, summary in BENCHMARKS.items())
     parser = argparse.ArgumentParser(
-        description=f"benchmarks:\n{lines}\n\nagainst TRL: benchmarks/vs_trl/dpo.py and head.py, which "
+        description=f"benchmarks:\n{lines}\n\nagainst TRL: the scripts of benchmarks/vs_trl, which "
         "make an environment\non a GPU: benchmarks/gpu/run.py",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="those to run; all but real_road by default")
-    names = parser.parse_args().names or [name for name in BENCHMARKS if name != "real_road"]
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="those to run; all that need no RLHF_SHARED by default"
+    )
+    names = parser.parse_args().names or [
+        name for name in BENCHMARKS if name not in ("real_road", "tokenise", "frontier")
+    ]
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
         parser.error(f"no benchmark named {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
