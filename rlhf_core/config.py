@@ -471,6 +471,9 @@ class ScoringConfig(Settings):
         timeout = self.reward_timeout
         require(timeout is None or timeout > 0, "reward_timeout", timeout, "more than 0, or none")
         require(self.reward_lcb >= 0, "reward_lcb", self.reward_lcb, "0 or more")
+        for field in ("reward_lcb", "end_unfinished"):
+            value = getattr(self, field)
+            require(not value or self.reward_model is not None, field, value, "a reward_model beside it")
 
     def reward_sources(self) -> tuple[str, ...]:
         """What scores, as it was given, in the order of the weights."""
@@ -529,5 +532,8 @@ class PolicyGradientConfig(OnPolicyConfig):
         require(self.importance_max > 1, "importance_max", self.importance_max, "more than 1, where weights start")
         weighs = self.importance != "none" and self.recorded != "off"
         require(not weighs, "importance", self.importance, "none with recorded, whose ratios are to the engine's own")
+        own = self.sampling.engine == "server" and self.sampling.temperature != 1  # its log-probs are then ours
+        weighs = self.importance != "none" and own
+        require(not weighs, "importance", self.importance, "none with a server at a sampling.temperature other than 1")
         asks = getattr(self, "kl_estimator", None) == "full"
         require(self.recorded != "on" or not asks, "recorded", "on", "off or auto: kl_estimator='full' needs a forward")

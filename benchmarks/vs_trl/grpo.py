@@ -41,7 +41,8 @@ def main() -> None:
         write_rows(folder, [dict(prompt=prompt) for prompt in prompts], args.prompts)
         turns = play(entries(folder, args), folder, args)
     more = {"tokens": lambda taken: f"{statistics.mean(tokens(turn) for turn in taken):.1f}"}
-    report(f"{args.job.upper()} step, rollout included", turns, args, ours=["ours", "ours, recorded"], more=more)
+    ours = [title for title in turns if title.startswith("ours")]
+    report(f"{args.job.upper()} step, rollout included", turns, args, ours=ours, more=more)
     print("tokens: the mean length of a completion")
 
 
@@ -77,9 +78,10 @@ def entries(folder: Path, args) -> list[Entry]:
             config["loss_type"] = "grpo"
         return dict(job=args.job, data=str(folder / "in_order.jsonl"), config=config)
 
+    spares = [dict(recorded="auto")] if args.job == "rloo" else []  # GRPO's one update a rollout asks no forward before
     return [
         Entry("ours", "ours_train.py", dict(job=args.job, config=ours)),
-        Entry("ours, recorded", "ours_train.py", dict(job=args.job, config=ours | dict(recorded="auto"))),
+        *(Entry("ours, recorded", "ours_train.py", dict(job=args.job, config=ours | more)) for more in spares),
         Entry(f"TRL, {samples} at once", "trl_train.py", trl(samples)),
         Entry(f"TRL, {args.completions} at a time", "trl_train.py", trl(args.completions)),
     ]

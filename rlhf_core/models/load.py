@@ -192,6 +192,14 @@ def freeze(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
+def without_dropout(model: nn.Module) -> nn.Module:
+    """The model, in which nothing is dropped: no adapter that was trained with dropout brings it along."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -329,9 +337,7 @@ def _load(
             model = auto_class.from_pretrained(path, config=quiet, dtype=DTYPES[source.base.dtype], **options)
     except SafetensorError as error:
         raise OSError(f"{path}: its weights cannot be read ({error})") from error
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    without_dropout(model)
     for name, value in dropouts.items():
         setattr(model.config, name, value)
     settle_quantized(model)

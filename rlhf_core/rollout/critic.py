@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rlhf_core.config import OnPolicyConfig
 from rlhf_core.models.forward import device_of, find_route, last_states, sequence_scores, token_values
 from rlhf_core.models.heads import ValueHead
-from rlhf_core.models.load import load_value_model
+from rlhf_core.models.load import load_value_model, without_dropout
 from rlhf_core.rollout.sampling import Rollout
 
 
@@ -20,7 +20,7 @@ def load_critic(config: Any, policy: nn.Module) -> nn.Module:
         return ValueHead(policy.config.hidden_size).to(device_of(policy))
     source = config.model if config.value == "policy" else config.reward_model
     options = dict(lora=config.lora, quantize=config.quantize, seed=config.seed, **source.options())
-    return load_value_model(source.path, policy=policy, device=config.device, **options)
+    return without_dropout(load_value_model(source.path, policy=policy, device=config.device, **options))
 
 
 def trunk_values(critic: nn.Module, rollout: Rollout, config: OnPolicyConfig) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import inspect
 import logging
 import math
@@ -294,18 +293,19 @@ def _read_score(answer: Any, ids: list[int], text: str, tokenizer: Any) -> tuple
 
 def _read_places(answer: Mapping, ids: list[int], text: str, tokenizer: Any) -> tuple[float, list[float]]:
     """The same for numbers by their places in the text."""
-    numbers = [0.0] * len(ids)
+    numbers, shown = [0.0] * len(ids), []
     for place, value in answer.items():
         number = _number(value)
         if number is None:
             raise ValueError(f"got {value!r} for character {place!r}, expected a finite number")
         if not isinstance(place, Integral) or isinstance(place, bool) or not 0 <= place <= len(text):
             raise ValueError(f"got a number for character {place!r}, expected one from 0 to {len(text)}")
-        # The first token after which the text is longer than that.
+        # The first token after which the text has that character. A part of one may be decoded to several others.
         token = len(ids) - 1
         if place < len(text):
-            ends = lambda k: len(tokenizer.decode(ids[: k + 1], skip_special_tokens=True))  # noqa: E731
-            token = min(bisect.bisect_right(range(len(ids)), int(place), key=ends), len(ids) - 1)
+            shown = shown or tokenizer.batch_decode([ids[: k + 1] for k in range(len(ids))], skip_special_tokens=True)
+            wanted = text[: place + 1]
+            token = next((k for k, so_far in enumerate(shown) if so_far.startswith(wanted)), token)
         numbers[token] += number
     return _sum(numbers), numbers
 

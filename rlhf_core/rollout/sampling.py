@@ -330,11 +330,18 @@ def _without_cache(policy: nn.Module, prompts: Sequence[Sequence[int]], owners: 
 def _watching(policy: nn.Module) -> Iterator[list[Tensor]]:
     """Inside, the last hidden states (B, L, H) of each forward of the policy's trunk are appended to the list."""
     states: list[Tensor] = []
-    hook = trunk_of(policy).register_forward_hook(lambda trunk, args, output: states.append(output.last_hidden_state))
+    trunk = trunk_of(policy)
+    # Some policies, such as OPT's, call the decoder inside their trunk and never the trunk.
+    watched = {trunk, trunk.get_decoder()} if hasattr(trunk, "get_decoder") else {trunk}
+    hooks = [
+        each.register_forward_hook(lambda trunk, args, output: states.append(output.last_hidden_state))
+        for each in watched
+    ]
     try:
         yield states
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 class _RoomyLayer(DynamicLayer):

@@ -15,7 +15,7 @@ from rlhf_core.config import OnPolicyConfig, SamplingConfig, ScoringConfig
 from rlhf_core.data.loader import load_examples
 from rlhf_core.data.tokenize import Example, stop_ids
 from rlhf_core.models.forward import PolicyOutputs, policy_outputs
-from rlhf_core.models.load import load_policy, load_reference
+from rlhf_core.models.load import load_policy, load_reference, without_dropout
 from rlhf_core.ops.advantages import group_advantages
 from rlhf_core.ops.masked import masked_sum
 from rlhf_core.ops.shaping import missing_eos_penalty
@@ -173,6 +173,7 @@ def load_actors(config: OnPolicyConfig) -> Actors:
     held = dict(device=config.device, quantize=config.quantize)
     options = dict(lora=config.lora, seed=config.seed, **held, **config.model.options())
     policy, tokenizer = load_policy(config.model.path, **options)
+    without_dropout(policy)  # of an adapter's folder, as lora.dropout must be 0: log-probs of two forwards are compared
     source = config.reference or config.model
     held |= dict(policy=policy, follows=getattr(config, "reference_update", "none") != "none")
     options = dict(need="prompts", model=policy, reserve=config.sampling.max_new_tokens)

@@ -100,6 +100,9 @@ class OnlineDPOConfig(OnPolicyConfig):
         known = f"one of {', '.join(sorted(PREFERENCE_LOSSES))}{did_you_mean(self.loss, PREFERENCE_LOSSES)}"
         require(self.loss in PREFERENCE_LOSSES, "loss", self.loss, known)
         rehearse(self)
+        micro, pairs = self.micro_batch_size, self.minibatch_size
+        whole = not PREFERENCE_LOSSES[self.loss].across_pairs or micro is None or micro >= pairs
+        require(whole, "micro_batch_size", micro, f"none, because loss={self.loss!r} looks across a minibatch's pairs")
         require(self.num_generations > 1, "num_generations", self.num_generations, "2 or more, to be compared")
         for name in ("judge", "xpo_alpha"):
             two = f"2, because {name}={getattr(self, name)!r} compares two"

@@ -478,7 +478,7 @@ def mix_in(policy: nn.Module, texts: list[Example], config: PPOConfig, step: int
     most = config.ppo_epochs * math.ceil(config.batch_size / config.minibatch_size)
     rows = step_examples(texts, config.minibatch_size, seed=config.seed, step=(step - 1) * most + number + 1)
     batches = micro_batches(rows, config.micro_batch_size)
-    tokens = sum(batch.num_completion_tokens for batch in batches)
+    tokens = sum(batch.num_supervised_tokens for batch in batches)
     loss_of = partial(ptx_loss, ptx_coef=config.ptx_coef, normalizer=tokens)
     total = torch.zeros((), device=device_of(policy))
     for batch in batches:

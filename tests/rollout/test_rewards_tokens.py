@@ -7,6 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
 
 from rlhf_core.rollout.rewards import Scores, function_reward, weighted_sum
 
@@ -53,6 +58,21 @@ def test_numbers_by_their_places_in_the_text(tokenizer):
     assert scores.total.tolist() == [11.5, 1.0, 0.0]
     at_the_end = scores_of([0.0, {3: 1.0}, {7: 2.0, np.int64(0): 3.0}], tokenizer)  # no end token: the last one's
     assert at_the_end.tokens.tolist() == [[0.0] * 3, [1.0, 0.0, 0.0], [3.0, 2.0, 0.0]]
+
+
+def test_a_character_of_several_tokens_is_there_with_its_last():
+    """Three bytes are one dash. Half of it is decoded too, as another character, and is not yet what was meant."""
+    alphabet = ByteLevel.alphabet()
+    backend = Tokenizer(BPE({"<s>": 0} | {byte: number for number, byte in enumerate(sorted(alphabet), 1)}, []))
+    backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+    ids = tokenizer("a\u2014b")["input_ids"]
+    assert len(ids) == 5
+    paid = [
+        function_reward(lambda *columns, k=k: [{k: 1.0}], tokenizer)([[0]], [ids], [{}]).tokens[0].nonzero().item()
+        for k in range(3)
+    ]
+    assert paid == [0, 3, 4]
 
 
 def test_a_function_that_wants_the_ids_gets_copies_of_them(tokenizer):

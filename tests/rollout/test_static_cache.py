@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import OPTConfig, OPTForCausalLM, StaticCache
 
 from rlhf_core.config import ConfigError, SamplingConfig
-from rlhf_core.models.forward import find_route
+from rlhf_core.models.forward import find_route, token_logprobs
 from rlhf_core.models.heads import ValueHead
 from rlhf_core.rollout import steps
 from rlhf_core.rollout.sampling import sample
@@ -23,6 +23,16 @@ def head_of(policy) -> ValueHead:
     head = ValueHead(policy.config.hidden_size)
     torch.nn.init.normal_(head.linear.weight, generator=numbers())
     return head
+
+
+def test_a_policy_that_calls_its_decoder_and_not_its_trunk():
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, ffn_dim=24, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16)
+    policy = OPTForCausalLM(OPTConfig(vocab_size=40, max_position_embeddings=64, **sizes)).eval()
+    rollout = sample(policy, [[5, 6, 7], [9]], 2, max_new_tokens=6, stop_ids=OFTEN, generator=numbers())
+    batch = rollout.pack()
+    expected = token_logprobs(policy, batch)[batch.completion_mask]
+    torch.testing.assert_close(rollout.logprobs[batch.completion_mask], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])  # gemma3 with a sliding window

@@ -81,6 +81,14 @@ def test_the_first_loss_of_dpo_is_ln_2_and_the_first_ratio_of_ppo_1(train):
     assert ppo.metrics[1]["kl"] != 0.0
 
 
+@pytest.mark.parametrize("job", ["ppo-head", "ppo-policy"])
+def test_an_adapter_that_was_trained_with_dropout_drops_nothing_where_policies_are_compared(train, job):
+    adapter = train("sft", lora=replace(LORA, dropout=0.5), max_steps=2, optim=FAST).folder
+    goes_on = train(job, model=adapter, max_steps=1, ppo_epochs=1, minibatch_size=6)
+    assert goes_on.metrics[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert goes_on.metrics[0]["ratio_max"] == 1.0
+
+
 def test_the_base_of_an_adapter_is_not_written_over(train):
     base = train("sft", max_steps=1).folder
     adapter = train("sft", model=base, lora=LORA, max_steps=1).folder

@@ -375,6 +375,7 @@ def test_when_every_completion_is_cut_off_the_price_changes_nothing(train):
         ({"loss": "odpo"}, "loss 'odpo' needs ref_chosen_logprobs and ref_rejected_logprobs and margin|needs margin"),
         ({"beta": 0.0}, "beta=0.0: expected more than 0"),
         ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing=0.1: not defined for 'ipo'"),
+        ({"loss": "aot", "micro_batch_size": 2}, "micro_batch_size=2: expected none, because loss='aot' looks across"),
     ],
 )
 def test_settings_that_cannot_be(configure, changes, message):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -286,6 +286,17 @@ def texts_of(config: ppo.PPOConfig, material, update: int) -> list[Any]:
     return step_examples(texts, config.minibatch_size, seed=config.seed, step=update)
 
 
+def test_texts_mixed_in_are_a_mean_over_what_is_learned_of_them(configure, material):
+    config = configure("ppo-head", ptx_data=material / "sft.jsonl", ptx_coef=0.5, minibatch_size=10)
+    policy, _ = load_policy(material / "policy")
+    texts = [
+        replace(text, supervised=([k == 0 for k in range(len(text.completions[0]))],))  # the first token alone
+        for text in texts_of(config, material, 1)
+    ]
+    nlls = [-token_logprobs(policy, text.prompt, text.completions[0])[0][0].item() for text in texts]
+    assert ppo.mix_in(policy, texts, config, 1, 0)["ptx_nll"].item() == pytest.approx(mean(nlls), rel=1e-5)
+
+
 @pytest.mark.parametrize("value", ["policy", "reward"])
 @pytest.mark.parametrize("micro_batch_size", [None, 2])
 def test_the_value_after_the_last_token_of_a_critic_with_its_own_trunk(configure, material, value, micro_batch_size):
@@ -535,6 +546,11 @@ def test_a_rollout_without_an_end_is_an_error_where_those_are_masked(train):
         train("ppo-head", missing_eos="mask", sampling=SamplingConfig(max_new_tokens=1), seed=3)
 
 
+SERVER = SamplingConfig(
+    engine="server", server_url="http://localhost:8000", server_weights="w", server_refresh="true", temperature=0.7
+)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -551,6 +567,9 @@ def test_a_rollout_without_an_end_is_an_error_where_those_are_masked(train):
         ({"value_warmup": -1}, "value_warmup=-1: expected 0 or more"),
         ({"missing_eos": "never"}, "missing_eos='never': expected one of none, subtract, replace, mask, bootstrap"),
         ({"kl_estimator": "mse"}, "kl_estimator='mse': expected one of k1, k2, k3, abs, full"),
+        ({"reward_function": VOWELS, "reward_lcb": 1.0}, "reward_lcb=1.0: expected a reward_model beside it"),
+        ({"reward_function": VOWELS, "end_unfinished": True}, "end_unfinished=True: expected a reward_model beside it"),
+        ({"importance": "token", "sampling": SERVER}, "importance='token': expected none with a server at a sampling"),
     ],
     ids=str,
 )
