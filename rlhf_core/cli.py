@@ -213,7 +213,8 @@ def _help(field: dataclasses.Field, sentence: str, group_default: Any) -> str:
     elif isinstance(default, tuple):
         note = f"default: {','.join(map(str, default))}"
     else:
-        note = f"default: {'none' if default is None else default}"
+        shown = repr(default) if isinstance(default, str) and not default.strip() else default
+        note = f"default: {'none' if default is None else shown}"
     return f"{sentence} ({note})".replace("%", "%%")
 
 

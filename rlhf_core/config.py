@@ -232,12 +232,14 @@ class DataConfig(Settings):
         require(self.max_length is None or self.max_length > 1, "max_length", self.max_length, "2 or more")
         require(self.system is None or bool(self.system.strip()), "system", self.system, "a text")
         require_attributes("attributes", self.attributes, "names of columns, or NAME:VALUE, each name once")
-        require(bool(self.step_separator), "step_separator", self.step_separator, "one character or more")
+        separator = self.step_separator
+        require(bool(separator), "step_separator", separator, "one character or more")
+        require(r"\n" not in separator, "step_separator", separator, "a line break itself: $'\\n' in a shell")
 
     def paths(self) -> tuple[str, ...]:
         """Each data set by itself. What exists as it is written is one, whatever commas are in its name."""
         exists = bool(self.path) and Path(self.path).expanduser().exists()
-        return (self.path,) if exists else tuple(_split(self.path))
+        return (self.path,) if exists else tuple(part.strip() for part in _split(self.path))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import inspect
@@ -35,13 +36,24 @@ def import_function(name: str) -> Callable[..., Any]:
     return function
 
 
+_FINGERPRINTS: dict[int, tuple[Any, str]] = {}  # by id; the function beside it stays, so that no other gets that id
+
+
 def fingerprint_function(name: str) -> str:
-    """sha256 of the file that such a function is written in, and its name. ValueError where there is no such file."""
+    """sha256 of the files that such a function is written in, and its name. ValueError where there is no such file.
+
+    They are the named module's and, of a function that was made or wrapped elsewhere, those of its parts. They are read
+    once for a function, as it is imported once: what is written into the file later is not what runs.
+    """
     function = import_function(name)
-    try:
-        file = inspect.getsourcefile(function)
-    except TypeError:  # built in, or an object that can be called
-        file = inspect.getsourcefile(type(function)) if type(function).__module__ != "builtins" else None
-    if file is None:
-        raise ValueError(f"{name!r}: its source is not to be found, so nobody can tell when it changes")
-    return f"{name} {hashlib.sha256(Path(file).read_bytes()).hexdigest()}"
+    if id(function) not in _FINGERPRINTS:
+        files = {getattr(sys.modules[name.partition(":")[0]], "__file__", None)}
+        for part in (function, inspect.unwrap(function), getattr(function, "func", type(function))):  # func: a partial
+            with contextlib.suppress(TypeError):  # built in, or an object that can be called
+                files.add(inspect.getsourcefile(part))
+        found = sorted(file for file in files - {None} if Path(file).is_file())
+        if not found:
+            raise ValueError(f"{name!r}: its source is not to be found, so nobody can tell when it changes")
+        sums = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in found]
+        _FINGERPRINTS[id(function)] = function, " ".join(sums)
+    return f"{name} {_FINGERPRINTS[id(function)][1]}"

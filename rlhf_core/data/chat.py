@@ -118,7 +118,7 @@ def split_turns(
                     f"the chat template writes nothing for the assistant; choose another: {_CHOOSE_TEMPLATE}"
                 )
             borders += [len(before), len(after)]
-    _check_tools(messages, write)
+    check_tools(messages, **write)
     most = sum(message["role"] == "assistant" for message in completion)
     _check_marks(messages, whole, borders, special_tokens=special_tokens, most=most, **write)
     return [whole[start:end] for start, end in zip([0, *borders], borders, strict=False)]
@@ -135,10 +135,13 @@ def _check_prefix(beginning: str, whole: str, what: str, *, last: bool) -> None:
         )
 
 
-def _check_tools(messages: list[Message], write: dict[str, Any]) -> None:
+def check_tools(
+    messages: list[Message], *, tokenizer: "PreTrainedTokenizerBase", chat_template: str | None, tools: Tools | None
+) -> None:
     """Tools, calls and results that a template knows nothing of vanish without a word: the text is as without them."""
+    write = dict(tokenizer=tokenizer, chat_template=chat_template, tools=tools)
     trials: list[tuple[str, list[Message], dict[str, Any]]] = []
-    if write["tools"]:
+    if tools:
         trials.append(("the tools of the conversation", messages, {"tools": None}))
     for what, role, key in (("a call of tools", "assistant", "tool_calls"), ("a tool's result", "tool", "content")):
         place = next((i for i, message in enumerate(messages) if message["role"] == role and message.get(key)), None)

@@ -7,6 +7,7 @@ text or as chat messages, not yet rendered and not yet tokens (`chat.py` and `to
 import contextlib
 import difflib
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -503,6 +504,7 @@ def _misspelt(columns: Sequence[str], format: Format) -> list[tuple[str, str]]:
 
 
 _IDENTICAL = "chosen and rejected are the same"
+_ALL_TIED = "all answers have the same rank, or are in the same words"
 _LEFT_OUT = "the formatting function leaves it out"
 _TIED = "answers that have the rank, or the very words, of another are left out"
 
@@ -580,9 +582,10 @@ def _records(
 ) -> Iterator[Record]:
     losses = Account(source=str(path)) if account is None else account
     settled: Format | None = None
-    kept, num_bad = 0, 0
-    one_too_many: tuple[str, str] | None = None  # (source, reason)
+    kept, num_read, bad = 0, 0, Account()  # the losses may be shared with whoever encodes the records
+    one_too_many: tuple[str, BadRow] | None = None  # (source, reason)
     for source, row in rows:
+        num_read += 1
         try:
             if isinstance(row, BadRow):
                 raise row
@@ -593,14 +596,14 @@ def _records(
                 settled = _settle_format(row, name=format, need=need, source=source)
             record, tied = _record(row, settled, need=need, source=source, **options)
         except BadRow as reason:
-            num_bad += 1
+            bad.drop(str(reason), source)
             losses.drop(str(reason), source)
-            if num_bad == most_bad + 1:
-                one_too_many = source, str(reason)
+            if bad.rows_dropped == most_bad + 1:
+                one_too_many = source, reason
             continue
         first, *others = record.completions or [None]
         if need in ("preference", "ranking") and first in (others or [first]):
-            losses.drop(_IDENTICAL, source)
+            losses.drop(_IDENTICAL if others else _ALL_TIED, source)
             continue
         if tied:
             losses.note(_TIED, source)
@@ -611,15 +614,14 @@ def _records(
             break
     if one_too_many is not None:
         source, reason = one_too_many
-        bad = {why: loss for why, loss in losses.dropped.items() if why not in (_IDENTICAL, _LEFT_OUT)}
         raise DataError(
-            f"{source}: {reason}\n{num_bad} of the {kept + losses.rows_dropped} rows read cannot be used: "
-            f"{listed(bad)}. Mend them, or have them skipped: --data.skip-bad-rows {num_bad}"
-        )
+            f"{source}: {reason}\n{bad.rows_dropped} of the {num_read} rows read cannot be used: "
+            f"{listed(bad.dropped)}. Mend them, or have them skipped: --data.skip-bad-rows {bad.rows_dropped}"
+        ) from reason.__cause__
     if not kept:
         raise DataError(losses.nothing_left())
     if account is None:
-        for line in losses.losses(kept + losses.rows_dropped):
+        for line in losses.losses(num_read):
             logger.warning(line)
 
 
@@ -735,11 +737,15 @@ def _attribute(row: Row, attribute: str) -> str:
     name, _, value = attribute.partition(":")
     value = value or read_field(row, name, "a number, true, false or a few words")
     text = str(value).lower() if isinstance(value, bool) else str(value).strip()
+    found = kind_of(value)
     with contextlib.suppress(ValueError):
-        text = f"{float(text):g}"
-    if not isinstance(value, str | int | float) or not text or set(text) & set(",:\n"):
+        number = float(text)
+        text = f"{number:.0f}" if number.is_integer() else f"{number:g}"
+        found = found if math.isfinite(number) else "a number that is not finite"
+    usable = isinstance(value, str | int | float) and text and not set(text) & set(",:\n")
+    if not usable or found == "a number that is not finite":
         raise BadRow(
-            f"field {name!r}: found {kind_of(value)}, expected a number, true, false or a few words without commas, "
+            f"field {name!r}: found {found}, expected a number, true, false or a few words without commas, "
             "colons and line breaks"
         )
     return f"{name}:{text}"

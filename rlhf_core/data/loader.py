@@ -101,6 +101,7 @@ def _load(path: str, data: DataConfig, tokenizer: Any, need: str, encoding: dict
             "code": [__version__, describe_code(), version("transformers"), version("tokenizers")],
         }
         examples = cached_examples(Path(data.cache).expanduser(), about, read)
+        examples.account.source = path  # the same bytes may lie elsewhere now
     account, seconds = examples.account, time.perf_counter() - start
     speed = f"{account.tokens / seconds:,.0f} tokens a second" if was_read else "from the cache"
     logger.info(f"{account.kept_line()}; {seconds:.1f} s, {speed}")

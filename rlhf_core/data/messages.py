@@ -64,7 +64,9 @@ def checked_number(value: object, where: str) -> float:
 
 
 def optional_number(row: Row, name: str) -> float | None:
-    return None if row.get(name) is None else checked_number(row[name], f"field {name!r}")
+    value = row.get(name)
+    blank = isinstance(value, str) and not value.strip()  # what a CSV file has for null
+    return None if value is None or blank else checked_number(value, f"field {name!r}")
 
 
 def checked_truth(value: object, where: str) -> bool:
@@ -143,7 +145,7 @@ def _message(item: object, where: str) -> Message:
     """One message in the one spelling. Keys without a value are left out; others stay, for the template to read."""
     if not isinstance(item, dict):
         raise BadRow(f"{where}: found {kind_of(item)}, expected an object with role and content")
-    role_key, content_key = ("from", "value") if "from" in item else ("role", "content")
+    role_key, content_key = ("from", "value") if item.get("from") is not None else ("role", "content")
     content, calls = item.get(content_key), item.get("tool_calls") or []
     missing = [] if item.get(role_key) is not None else [role_key]
     missing += [content_key] * (content is None and not calls)
@@ -166,7 +168,7 @@ def _message(item: object, where: str) -> Message:
             f"{where}: found a weight other than 0 and 1, expected one of them (rows have weights of any size)"
         )
     for key, value in item.items():
-        if key not in (role_key, content_key, "tool_calls") and value is not None:
+        if key not in (role_key, content_key, "role", "content", "tool_calls") and value is not None:
             message[key] = _without_nulls(value, f"{where}, {key[:40]!r}")
     return message
 

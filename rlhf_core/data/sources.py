@@ -97,7 +97,9 @@ def formatted(rows: Iterator[tuple[str, Row | BadRow]], name: str) -> Iterator[t
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(last.filename).name}:{last.lineno}"
-            yield place, BadRow(f"the formatting function {name} fails: {type(error).__name__} at {where}")
+            reason = BadRow(f"the formatting function {name} fails: {type(error).__name__} at {where}")
+            reason.__cause__ = error
+            yield place, reason
             continue
         if made is None or isinstance(made, dict):
             yield place, made

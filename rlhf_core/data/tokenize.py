@@ -19,7 +19,7 @@ from itertools import accumulate, chain, groupby, islice, pairwise, takewhile
 from typing import TYPE_CHECKING, Literal
 
 from rlhf_core.data.account import Account
-from rlhf_core.data.chat import render, split_turns
+from rlhf_core.data.chat import check_tools, render, split_turns
 from rlhf_core.data.formats import DataError, Record
 
 if TYPE_CHECKING:  # transformers is slow to import, and nothing here needs more of it than the tokenizer it is given
@@ -126,7 +126,8 @@ def _read_marks(tokenizer: "PreTrainedTokenizerBase", stop_ids: Collection[int])
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no EOS token to end completions with; set tokenizer.eos_token")
     names = {*tokenizer.all_special_tokens}
-    names |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    added = tokenizer.added_tokens_decoder.items()  # a stop token may have been added without being called special
+    names |= {token.content for id, token in added if token.special or id in stop_ids}
     names = sorted(filter(str.strip, names), key=len, reverse=True)  # longest first; never mere whitespace
     stop_names = {tokenizer.convert_ids_to_tokens(stop_id): stop_id for stop_id in sorted(stop_ids)}
     opening = _opening(tokenizer)
@@ -308,6 +309,7 @@ def _write_chat(
     options = dict(chat_template=chat_template, tools=record.tools)
     try:
         if not record.completions:
+            check_tools(record.prompt, tokenizer=tokenizer, **options)
             return render(record.prompt, tokenizer, add_generation_prompt=True, **options), []
         turns = [
             split_turns(record.prompt, answer, tokenizer, special_tokens=marks.special_tokens, **options)

@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 import multiprocessing
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -125,6 +126,9 @@ def test_a_change_of_anything_that_matters_makes_it_anew(tmp_path, tokenizer, ma
     load(build_tokenizer())  # the same made anew is the same
     assert len(made) == number + 2
     (tmp_path / "my_cached_hooks.py").write_text("def same(row):\n    return dict(row)\n")
+    load(formatting="my_cached_hooks:same")  # what runs is still the old one
+    assert len(made) == number + 2
+    monkeypatch.delitem(sys.modules, "my_cached_hooks")
     load(formatting="my_cached_hooks:same")
     write(tmp_path / "rows.jsonl", [*pairs(4), pairs(5)[3]])  # as many rows and the same name
     load()

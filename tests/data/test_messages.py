@@ -123,6 +123,20 @@ def test_other_keys_of_messages_and_calls_stay_and_empty_ones_go(read):
     ]
 
 
+@pytest.mark.parametrize(
+    "both",
+    [
+        {"from": None, "value": None, "role": "user", "content": "1 + 1?"},
+        {"from": "human", "value": "1 + 1?", "role": None, "content": None},
+        {"from": "human", "value": "1 + 1?", "role": "assistant", "content": "another text"},
+    ],
+    ids=str,
+)
+def test_of_two_spellings_in_one_message_one_counts(read, both):
+    (record,) = read({"messages": [both, ASSISTANT]})
+    assert record.prompt == [USER]
+
+
 def test_arguments_that_are_missing_are_none_at_all(read):
     (record,) = read({"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "now"}]}]})
     (message,) = record.completions[0]

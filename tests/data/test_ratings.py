@@ -291,6 +291,14 @@ def test_attributes_are_the_last_line_of_a_prompt(write, attributes, line):
     assert record.prompt == [USER, *said("x"), asked]
 
 
+@pytest.mark.parametrize(
+    ("value", "written"), [(4.0, "4"), (0.5, "0.5"), (1234567, "1234567"), (20240115.0, "20240115")]
+)
+def test_whole_numbers_are_written_in_full(write, value, written):
+    (record,) = read_records(write(NEEDS["supervised"] | {"score": value}), need="supervised", attributes=("score",))
+    assert record.prompt.endswith(f"\n\nAttributes: score:{written}\n")
+
+
 @pytest.mark.parametrize("need", NEEDS)
 def test_every_job_takes_attributes(write, need):
     (record,) = read_records(write(NEEDS[need] | {"score": 3}), need=need, attributes=("score", "tone:calm"))
@@ -306,6 +314,8 @@ def test_every_job_takes_attributes(write, need):
         ("a:b", "field 'score': found a string, expected"),
         ("a\nb", "field 'score': found a string, expected"),
         ("", "field 'score': found a string, expected"),
+        (float("nan"), "field 'score': found a number that is not finite, expected"),
+        (float("inf"), "field 'score': found a number that is not finite, expected"),
     ],
 )
 def test_attributes_that_cannot_be_written(write, value, reason):
