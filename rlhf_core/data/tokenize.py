@@ -250,9 +250,15 @@ def _encode_batch(
             weight=record.weight,
             margin=record.margin,
             supervised=supervised,
-            step_ends=tuple(end - 1 for end in accumulate(map(len, parts[0]))) if record.steps else None,
+            step_ends=_step_ends(parts[0], len(tokens[0])) if record.steps else None,
             step_labels=record.step_labels,
         )
+
+
+def _step_ends(parts: list[list[int]], length: int) -> tuple[int, ...]:
+    """Where each step ends in a completion of so many tokens; text without a BOS has given its first one away."""
+    given = sum(map(len, parts)) - length
+    return tuple(max(end - given, 1) - 1 for end in accumulate(map(len, parts)))
 
 
 def _flags(pieces: list[_Piece], ids: list[list[int]]) -> list[bool]:
@@ -403,7 +409,13 @@ def _cut(example: Example, max_length: int, marks: _Marks) -> Example | None:
     """The example in at most max_length tokens; None when it cannot be had."""
     if example.record.prompt is None:  # text has no completion to keep whole: its beginning is as good as any part
         room = max_length - len(example.prompt)
-        return replace(example, completions=(example.completions[0][:room],)) if room > 0 else None
+        if room <= 0:
+            return None
+        example = replace(example, completions=(example.completions[0][:room],))
+        if example.step_ends is None:
+            return example
+        ends = tuple(end for end in example.step_ends if end < room) or (room - 1,)
+        return replace(example, step_ends=ends, step_labels=example.step_labels[: len(ends)])
     if example.supervised is not None:
         example = _later_turns(example, max_length - len(marks.start) - 1)
     prompt = _cut_left(example.prompt, max_length - max(map(len, example.completions), default=0), marks)

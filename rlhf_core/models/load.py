@@ -406,6 +406,8 @@ def _load_scorer(
             f"{path} has {labels} score heads; an ensemble of {heads} starts from a policy, or from {heads}"
         )
     steps = "TokenClassification" in found if steps is None else steps
+    if steps and labels > 1:
+        raise ValueError(f"{path} is an ensemble of {labels} score heads; a process reward model starts from one")
     kind = AutoModelForTokenClassification if steps else AutoModelForSequenceClassification
     about = dict(num_labels=labels, **({"reward_ensemble": True} if labels > 1 else {}))
     adapter = adapter_of(beside) if beside is not None else None

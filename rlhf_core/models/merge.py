@@ -5,13 +5,16 @@ from __future__ import annotations
 import shutil
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from rlhf_core.config import ConfigError, ModelConfig, Settings, require
-from rlhf_core.models.adapters import adapter_of, find_adapter
+from rlhf_core.models.adapters import adapter_of, find_adapter, head_tensors
 from rlhf_core.models.forward import device_of
 from rlhf_core.models.load import freeze, load_policy, load_reward_model, save_model
 
@@ -51,7 +54,7 @@ def merge(config: MergeConfig) -> dict[str, float]:
     folder = Path(config.output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"output={config.output!r}: expected a new or an empty folder")
-    load = load_policy if about["task_type"] == "CAUSAL_LM" else load_reward_model
+    load = partial(load_reward_model, new_head=False) if _scores(config.model, about) else load_policy
     options = dict(device=config.device, **config.model.options())
     adapted, tokenizer = load(config.model.path, **options)
     expected = say(freeze(adapted))
@@ -70,6 +73,17 @@ def merge(config: MergeConfig) -> dict[str, float]:
         )
     print(f"merge: the plain model is in {folder}; its logits differ by {difference:.2g}", file=sys.stderr)
     return numbers
+
+
+def _scores(model: ModelConfig, about: dict[str, Any]) -> bool:
+    """Whether the adapter is of a classifier. PEFT's task_type may be null: then the head tells, or the base."""
+    if about.get("task_type") is not None:
+        return about["task_type"] in ("SEQ_CLS", "TOKEN_CLS")
+    if head_tensors(str(Path(model.path).expanduser()), model.revision):
+        return True
+    options = dict(revision=about.get("revision"), trust_remote_code=model.trust_remote_code)
+    base = AutoConfig.from_pretrained(about["base_model_name_or_path"], **options)
+    return any("Classification" in name for name in base.architectures or [])
 
 
 def say(model: nn.Module) -> Tensor:

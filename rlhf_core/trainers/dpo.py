@@ -294,6 +294,8 @@ def train(config: DPOConfig) -> dict[str, float]:
             with router_loss(policy, config.router_aux_coef) as router:
                 pairs = pairs_of(part)
             loss, stats = loss_of(pairs, **normalizers) if joint is None else joint.part(number, pairs, share)
+            if joint is None:  # of each loss of a mix, as of their sum, this is the part that these rows have
+                stats |= {name: stats[name] / share for name in stats if name.startswith("loss_")}
             stats = {"loss": loss.detach() / share, **stats}
             if config.router_aux_coef:
                 stats["router_loss"] = router.value.detach()
@@ -421,10 +423,15 @@ def remembered_gauges(
     if not running:
         return {}
     ratios = []
+    shorter = torch.minimum(*(pairs[f"{side}_mask"].sum(-1) for side in ("chosen", "rejected")))
     for side in ("chosen", "rejected"):
         logprobs = pairs[f"{side}_logprobs"]
         ratio = logprobs if config.reference_free else logprobs - pairs[f"ref_{side}_logprobs"]
-        ratios.append(torch.where(pairs[f"{side}_mask"], ratio, 0.0).sum(-1))
+        mask = pairs[f"{side}_mask"]
+        ratio = torch.where(mask, ratio, 0.0)
+        if config.ld_alpha is not None:
+            ratio = torch.where(mask.cumsum(-1) <= shorter[:, None], ratio, config.ld_alpha * ratio)
+        ratios.append(ratio.sum(-1))
     gap = score_difference(*ratios, divergence=config.f_divergence, alpha=config.f_alpha).mean()
     gauges = {"gap": gap, "reward": config.beta * (ratios[0] + ratios[1]).mean() / 2}
     return {gauge: gauges[gauge] for name, (_, gauge) in REMEMBERED.items() if name in running}

@@ -208,11 +208,16 @@ def labelled(examples: Rows, data: DataConfig) -> Rows:
 
 
 def mismatched(rows: Rows, examples: Rows, max_length: int | None) -> list[Example]:
-    """Each prompt with the completion of the row before it, the first with that of the last.
+    """Each prompt with the completion of the row before it that has another prompt, the first with that of the last.
 
     A row that is alone gets one from the data. Prompts lose their left where the two together are too long.
     """
-    lenders = [rows[-1], *rows[:-1]]
+    rows = [*rows]
+    near = range(1, min(len(rows), 33))  # of more rows of one prompt than these, the row before it must do
+    lenders = [
+        next((rows[i - back] for back in near if rows[i - back].prompt != row.prompt), rows[i - 1])
+        for i, row in enumerate(rows)
+    ]
     if len(rows) == 1:
         lenders = [examples[0] if examples[0].completions != rows[0].completions else examples[1]]
     return [

@@ -30,6 +30,11 @@ def require_same_shape(reference: nn.Module, policy: nn.Module, config: MovingRe
     ours, theirs = ({name: p.shape for name, p in model.named_parameters()} for model in (policy, reference))
     expected = "a reference of the policy's own architecture"
     require(ours == theirs, "reference_update", config.reference_update, expected)
+    if config.reference_update == "ema" and config.reference_rate < 1:
+        moved = [old for old, new in zip(reference.parameters(), policy.parameters(), strict=True) if old is not new]
+        half = next((p.dtype for p in moved if torch.finfo(p.dtype).bits < 32), None)
+        expected = f"sync, or a reference.dtype of float32: weights in {half} round a moving average's small steps away"
+        require(half is None, "reference_update", "ema", expected)
 
 
 def update_reference(reference: nn.Module, policy: nn.Module, step: int, config: MovingReference) -> None:

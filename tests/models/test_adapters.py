@@ -28,6 +28,7 @@ from rlhf_core.models.load import (
     load_value_model,
     save_model,
 )
+from rlhf_core.models.merge import MergeConfig, merge
 
 LORA = LoraConfig(r=4, alpha=8)
 # bitsandbytes needs multiples of 64 for 4 bits on the CPU.
@@ -312,6 +313,20 @@ def test_what_peft_has_saved_is_read(make_folder, plain, batch, tmp_path):
     policy, tokenizer = load_policy(tmp_path / "adapter", device="cpu")  # without a tokenizer: that of the base
     assert tokenizer.get_vocab() == load_tokenizer(folder).get_vocab()
     assert torch.allclose(token_logprobs(policy, batch), plain.logprobs(theirs), atol=1e-5)
+
+
+def test_an_adapter_that_does_not_say_what_it_is_for_is_merged_into_its_own_model(make_folder, batch, tmp_path):
+    """PEFT's task_type may be null; a policy is then no reward model."""
+    import peft
+
+    config = peft.LoraConfig(r=3, target_modules=["q_proj"])
+    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(make_folder()), config)
+    disturb(theirs)
+    theirs.save_pretrained(tmp_path / "adapter")
+    merge(MergeConfig(model={"path": str(tmp_path / "adapter")}, output=str(tmp_path / "merged"), device="cpu"))
+    folders = (tmp_path / "adapter", tmp_path / "merged")
+    adapted, plainly = (token_logprobs(load_policy(folder, device="cpu")[0], batch) for folder in folders)
+    assert torch.allclose(adapted, plainly, atol=1e-5)
 
 
 def test_a_reward_models_head_is_trained_and_saved_with_its_adapter(make_folder, batch, tmp_path):

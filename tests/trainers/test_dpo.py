@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from rlhf_core import cli
-from rlhf_core.config import ConfigError, DataConfig, LoraConfig, OptimConfig
+from rlhf_core.config import ConfigError, DataConfig, LoraConfig, ModelConfig, OptimConfig
 from rlhf_core.control import RunningMean
 from rlhf_core.data.formats import DataError
 from rlhf_core.data.loader import load_examples, micro_batches
@@ -81,6 +81,10 @@ def test_several_losses_are_added_with_their_weights(command, tmp_path):
     before = metrics_in(tmp_path / "run")
     assert command("dpo", "--config", str(tmp_path / "mpo.yaml")) == 0
     assert [row["loss"] for row in metrics_in(tmp_path / "run")] == [row["loss"] for row in before]
+    assert command("dpo", *words, "--micro-batch-size", "1") == 0
+    for row, other in zip(metrics_in(tmp_path / "run"), before, strict=True):
+        for name in ("loss", "loss_sigmoid", "loss_bco_pair", "loss_sft"):
+            assert row[name] == pytest.approx(other[name], rel=1e-3), name
 
 
 def test_a_losss_own_options_are_given_by_name(command, tmp_path, capsys):
@@ -225,11 +229,12 @@ def test_tdpo_starts_at_ln_2_and_charges_the_kl_after(train, pairs):
     assert metrics[-1]["loss"] != pytest.approx(plain[-1]["loss"], rel=1e-4)
 
 
-def test_beta_dpo_remembers_the_gap_of_earlier_steps(train, pairs):
+@pytest.mark.parametrize("ld_alpha", [None, 0.25])
+def test_beta_dpo_remembers_the_gap_of_earlier_steps(train, pairs, ld_alpha):
     """The loss of each step by hand, of one pair: beta (1 + 0.6 (gap - mean of the gaps before)) times the gap."""
     data = DataConfig(path=pairs, limit=1)
-    mean = 0.0
-    rows = train("dpo", loss="beta_dpo", data=data, max_steps=4, batch_size=1, optim=PLAIN, beta=0.5).metrics
+    mean, settings = 0.0, dict(max_steps=4, batch_size=1, optim=PLAIN, beta=0.5, ld_alpha=ld_alpha)
+    rows = train("dpo", loss="beta_dpo", data=data, **settings).metrics
     assert len({row["gap"] for row in rows}) == 4
     for row in rows:
         beta = 0.5 * (1 + 0.6 * (row["gap"] - mean))
@@ -284,6 +289,13 @@ def test_a_reference_with_adapters_follows_and_is_resumed_to_the_bit(configure, 
     assert at_ln_2 == [True, False, True, False]
     resumed = train_with_stops(configure("dpo", **settings), [3])
     assert resumed.same_weights(whole) and resumed.metrics == whole.metrics
+
+
+def test_an_average_of_weights_that_cannot_hold_its_steps_is_refused(train, material):
+    half = ModelConfig(path=material / "policy", dtype="bfloat16")
+    with pytest.raises(ConfigError, match="reference_update='ema': expected sync, or a reference.dtype of float32"):
+        train("dpo", model=half, reference_update="ema", **MOVED)
+    train("dpo", model=half, reference=material / "policy", reference_update="ema", **MOVED | {"max_steps": 1})
 
 
 def test_an_average_is_between_a_copy_and_standing_still(train):

@@ -173,6 +173,17 @@ def test_mismatched_rows_fit_the_model(material):
     assert alone.completions == examples[1].completions
 
 
+def test_no_prompt_is_given_an_answer_of_its_own_where_another_is_near(material):
+    _, tokenizer = load_policy(material / "policy")
+    rows = kto.Halves(load_examples(DataConfig(path=material / "pairs.jsonl"), tokenizer, need="preference"))
+    own = {tuple(row.prompt): set() for row in rows}
+    for row in rows:
+        own[tuple(row.prompt)].add(tuple(row.completions[0]))
+    mixed = kto.mismatched(rows[:], rows, None)
+    assert len(mixed) == len(rows) == 20 and len(own) == 10
+    assert all(tuple(row.completions[0]) not in own[tuple(row.prompt)] for row in mixed)
+
+
 @pytest.mark.parametrize("loss", ["kto", "bco"])
 def test_a_cached_reference_gives_the_same_run(train, material, loss):
     """KTO asks the reference itself about mismatched rows; BCO needs it no more."""

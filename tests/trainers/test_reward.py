@@ -222,6 +222,8 @@ def test_what_a_reward_model_can_go_on_from(plain_run, train, material):
     train("reward", model=ensemble, max_steps=1)  # as many as there are
     with pytest.raises(ValueError, match="has 3 score heads; an ensemble of 2 starts from a policy, or from 2"):
         train("reward", model=ensemble, ensemble=2)
+    with pytest.raises(ValueError, match="is an ensemble of 3 score heads; a process reward model starts from one"):
+        train("reward-steps", model=ensemble)
 
 
 @pytest.mark.parametrize(

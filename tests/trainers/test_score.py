@@ -147,6 +147,14 @@ def test_answers_without_labels_are_cut_into_steps(plain_run, material, score, h
     assert said["accuracy"] == (pair["chosen_score"] > pair["rejected_score"])
 
 
+def test_steps_of_text_that_is_cut_on_the_right(plain_run, score):
+    folder, text = plain_run("reward-steps").folder, "dolo mutano\nmisu\nrena vilano peta"
+    [whole], _ = score(folder, [{"text": text}])
+    [cut], _ = score(folder, [{"text": text}], "--data.max-length", "5")
+    assert len(whole["step_scores"]) == 3 > len(cut["step_scores"]) > 0
+    assert cut["step_scores"] == pytest.approx(whole["step_scores"][: len(cut["step_scores"])], abs=1e-5)
+
+
 def test_where_an_answer_is_cut():
     assert in_steps("one\ntwo\n\nthree", "\n") == ("one\n", "two\n\n", "three")
     assert in_steps("\none", "\n") == ("\none",)
