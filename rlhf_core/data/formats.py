@@ -45,7 +45,7 @@ Completion = str | list[Message]
 # What a job can need of its data, and the commands that have that need.
 COMMANDS = {
     "supervised": "rlhf sft",
-    "preference": "rlhf dpo or rlhf reward",
+    "preference": "rlhf dpo or rlhf reward (or rlhf kto --pairs)",
     "unpaired": "rlhf kto",
     "ranking": "rlhf reward",
     "process": "rlhf reward",

@@ -231,7 +231,11 @@ def test_wrong_columns_name_what_was_found_and_the_nearest_format(jsonl, need, r
 @pytest.mark.parametrize(
     ("row", "need", "parts"),
     [
-        (PAIR, "supervised", ["look like preference pairs", "for rlhf dpo or rlhf reward, not for rlhf sft"]),
+        (
+            PAIR,
+            "supervised",
+            ["look like preference pairs", "(or rlhf kto --pairs), not for rlhf sft"],
+        ),
         ({"prompt": "a"}, "supervised", ["prompts without completions", "for rlhf ppo"]),
         ({"prompt": "a", "respnse": "b"}, "supervised", ["did you mean 'respnse' for 'response'"]),
         ({"text": "a"}, "prompts", ["look like plain text", "for rlhf sft, not for rlhf ppo"]),
