@@ -265,6 +265,23 @@ def test_prompts_tell_of_tools_too(make_tokenizer):
     assert tokenizer.decode(example.prompt).startswith('<|im_start|>tools\n[{"name": "f"}]<|im_end|>\n')
 
 
+def test_prompts_whose_tools_a_template_leaves_out_are_refused(make_tokenizer):
+    tokenizer = make_tokenizer(chat_template=PLAIN_TEMPLATE)
+    for prompt, tools in (([USER, CALL, RESULT], None), ([USER], [{"name": "f"}])):
+        row = Record(prompt=prompt, completions=(), row={}, source="rows.jsonl:1", tools=tools)
+        with pytest.raises(DataError, match="^rows.jsonl:1: the chat template leaves out"):
+            encode(tokenizer, row)
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+def test_an_end_that_was_added_without_being_called_special_is_an_end(make_tokenizer, turns):
+    tokenizer = make_tokenizer(more_special=["<|im_start|>"], chat_template=FAMILIES["chatml"].template)
+    tokenizer.add_tokens(["<|im_end|>"])
+    (example,) = encode(tokenizer, conversation([USER], [HELLO, MORE, LATER][: 2 * turns - 1]), stops=("<|im_end|>",))
+    learned = "".join(text for flag, text in stretches(tokenizer, example) if flag)
+    assert learned == "Hello<|im_end|>" + "Later<|im_end|>" * (turns - 1)
+
+
 @pytest.mark.parametrize(
     "row",
     [
