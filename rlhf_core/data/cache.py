@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import typing
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -135,12 +135,9 @@ def _take_place(temporary: Path, place: Path, key: str) -> None:
         if not place.exists():  # a rename fails for other reasons too, such as a full disk
             raise DataError(f"data.cache: {temporary} cannot be renamed to {place}")
         old = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
-        try:
+        with suppress(FileNotFoundError):  # where another run was faster
             place.rename(old / "damaged")
-        except FileNotFoundError:
-            pass  # another run was faster
-        finally:
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _to_line(note: Note) -> bytes:

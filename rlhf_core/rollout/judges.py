@@ -51,7 +51,10 @@ def function_judge(
     ) -> Verdicts:
         texts = [tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (prompts, firsts, seconds)]
         columns = *texts, [dict(row) for row in rows]
-        begin = lambda pair: f"the first completion begins {texts[1][pair][:60]!r}"  # noqa: E731
+
+        def begin(pair: int) -> str:
+            return f"the first completion begins {texts[1][pair][:60]!r}"
+
         try:
             answers = call_within(timeout, function, *columns)
         except (Exception, TimeIsUp) as error:
