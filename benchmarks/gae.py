@@ -1,4 +1,4 @@
-"""GAE as one cumulative sum against the plain loop over tokens, from the last back. Both give the same numbers."""
+"""Time of GAE as a cumulative sum, compared with the loop over tokens. Both give the same numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHAPES = [(8, 128), (256, 1024)]  # completions, tokens
 def gae_loop(
     rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[Tensor, Tensor]:
-    """The definition, a token at a time."""
+    """Compute GAE in a loop from the last token to the first."""
     rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
     advantages = torch.zeros_like(rewards)
     next_advantage, next_value = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
@@ -27,7 +27,7 @@ def gae_loop(
 
 
 def layouts(rows: int, columns: int) -> dict[str, Tensor]:
-    """Masks of the same shape: padded on the right, on the left, and with a hole in the middle of every row."""
+    """Return masks of the same shape: padded on the right, on the left, and with a hole in the middle of every row."""
     lengths = torch.randint(1, columns + 1, (rows, 1), generator=torch.Generator().manual_seed(0))
     right = torch.arange(columns) < lengths
     hole = (torch.arange(columns) >= columns // 3) & (torch.arange(columns) < columns // 2)
@@ -40,13 +40,13 @@ def main() -> None:
     for rows, columns in SHAPES:
         rewards, values = torch.randn(2, rows, columns, generator=torch.Generator().manual_seed(1))
         for layout, mask in layouts(rows, columns).items():
-            calls = 20 if rows * columns < 10_000 else 2  # in a turn, so that a turn is long against the clock
+            calls = 20 if rows * columns < 10_000 else 2  # per measurement
 
             def fast(rewards=rewards, values=values, mask=mask, calls=calls):
                 for _ in range(calls):
                     gae(rewards, values, mask)
 
-            # The loop knows no holes; its time does not depend on the mask.
+            # The loop does not support holes; its time does not depend on the mask.
             def loop(rewards=rewards, values=values, mask=mask):
                 gae_loop(rewards, values, mask)
 

@@ -1,4 +1,4 @@
-"""The fused LM head against the plain one: forward and backward, time, and memory added at the peak.
+"""Time and added peak memory of the fused LM head, compared with plain torch, forward and backward.
 
     python benchmarks/linear_logprobs.py [--repeats 7] [--threads 2]
 
@@ -25,7 +25,7 @@ MEMORY_SHAPE = (1024, 512, 32_000)
 
 
 def sides(rows: int, hidden: int, vocabulary: int) -> dict[str, Callable[[], object]]:
-    """One step of each, forward and backward."""
+    """Return one step of each, forward and backward."""
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(rows, hidden, generator=generator).requires_grad_()
     weight = (torch.randn(vocabulary, hidden, generator=generator) * 0.02).requires_grad_()
@@ -53,11 +53,11 @@ def sides(rows: int, hidden: int, vocabulary: int) -> dict[str, Callable[[], obj
 
 
 def added_mib(side: str) -> float:
-    """What one step of a side adds to a process at its peak, in a process of its own."""
+    """Return the MiB that one step of a side adds to the peak of a new process."""
     code = (
         "import torch; import linear_logprobs as b; from vs_trl.child import PeakMemory\n"
         f"torch.set_num_threads({torch.get_num_threads()})\n"
-        "b.sides(64, 32, 500)[{0!r}]()\n"  # what is loaded on first use
+        "b.sides(64, 32, 500)[{0!r}]()\n"  # loads what is imported on first use
         "step = b.sides(*b.MEMORY_SHAPE)[{0!r}]; memory = PeakMemory(); memory.reset(); step()\n"
         "print(memory.added_mib())"
     ).replace("{0!r}", repr(side))

@@ -1,5 +1,6 @@
-"""Attention over a packed stream, walked group by group, against one call under a dense N x N mask and against a padded
-batch of whole sequences. Forward and backward of one layer.
+"""Time of attention over a packed stream, group by group, compared with a dense N x N mask and with a padded batch.
+
+Forward and backward of one layer.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ def draw(*shape: int) -> torch.Tensor:
 
 
 def main() -> None:
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32; times are theirs over the walk's")
-    print(f"{'':<14}{'window':>8}{'tokens':>8}{'walk ms':>9}{'dense':>8}{'padded':>8}")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32; ratios: their time over ours")
+    print(f"{'':<14}{'window':>8}{'tokens':>8}{'ours ms':>9}{'dense':>8}{'padded':>8}")
     for name, (prompts, prompt, completions) in SHAPES.items():
         batch = PackedBatch.pack([([0] * prompt, [[0] * length for length in completions])] * prompts, share=True)
         rows, columns = batch.num_completions, prompt + max(completions)
@@ -36,13 +37,13 @@ def main() -> None:
             causal = torch.ones(columns, columns, dtype=torch.bool).tril()
             padded_mask = None if window is None else causal.triu(1 - window)
 
-            def walk(stream=stream, layout=batch.layout, window=window):
+            def grouped(stream=stream, layout=batch.layout, window=window):
                 packed_attention(*stream, layout, sliding_window=window).sum().backward()
 
             def dense(stream=stream, mask=dense_mask):
                 F.scaled_dot_product_attention(*stream, mask, enable_gqa=True).sum().backward()
 
-            def apart(padded=padded, mask=padded_mask):
+            def padded_rows(padded=padded, mask=padded_mask):
                 F.scaled_dot_product_attention(*padded, mask, is_causal=mask is None, enable_gqa=True).sum().backward()
 
             with torch.no_grad():
@@ -50,10 +51,10 @@ def main() -> None:
                 torch.testing.assert_close(
                     ours, F.scaled_dot_product_attention(*stream, dense_mask, enable_gqa=True), rtol=1e-4, atol=1e-4
                 )
-            seconds = interleaved({"walk": walk, "dense": dense, "padded": apart}, repeats=9)
+            seconds = interleaved({"ours": grouped, "dense": dense, "padded": padded_rows}, repeats=9)
             print(
-                f"{name:<14}{window or 'none':>8}{batch.num_tokens:>8}{1e3 * seconds['walk']:>9.1f}"
-                f"{seconds['dense'] / seconds['walk']:>7.2f}x{seconds['padded'] / seconds['walk']:>7.2f}x",
+                f"{name:<14}{window or 'none':>8}{batch.num_tokens:>8}{1e3 * seconds['ours']:>9.1f}"
+                f"{seconds['dense'] / seconds['ours']:>7.2f}x{seconds['padded'] / seconds['ours']:>7.2f}x",
                 flush=True,
             )
 

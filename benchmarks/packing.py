@@ -1,4 +1,4 @@
-"""Packed against padded on batches of uneven lengths, and the cost of packing itself as the batch grows."""
+"""Time of packed and padded batches of uneven lengths, and of packing itself, as the batch grows."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from prefix_sharing import model
 from timing import interleaved
 
 from rlhf_core.batch import PackedBatch
-from rlhf_core.models.forward import token_logprobs
+from rlhf_core.models.forward import prepare, token_logprobs
 
 
 def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, hidden 256, 4 layers")
     columns = f"{'sequences':>10}{'tokens':>8}{'real share':>12}{'padded s':>10}{'packed s':>10}{'ratio':>8}"
     print(columns + f"{'pack ms':>9}{'us/token':>10}")
-    policy = model(256)
+    policies = {layout: prepare(model(256), layout) for layout in ("padded", "packed")}
     for count in (8, 16, 32, 64):
         generator = torch.Generator().manual_seed(count)
 
@@ -27,8 +27,8 @@ def main() -> None:
         real_share = batch.num_tokens / batch.padded().input_ids.numel()
 
         def step(layout, batch=batch):
-            token_logprobs(policy, batch, layout=layout).sum().backward()
-            policy.zero_grad()
+            token_logprobs(policies[layout], batch).sum().backward()
+            policies[layout].zero_grad()
 
         seconds = interleaved(
             {

@@ -1,7 +1,7 @@
-"""Log-probs of given logits on the CPU: against log_softmax and gather, and F.cross_entropy, forward and backward.
+"""Time of log-probs of given logits on the CPU, compared with log_softmax and gather, and with F.cross_entropy.
 
-Each side works on the same logits; the ratios are of the medians. One thread and its own processor time, so that what
-else the machine does matters little; `--threads` takes more, and the clock on the wall.
+Forward and backward, on the same logits; ratios of medians. By default one thread and its processor time, which depends
+little on the load of the machine; with more `--threads` elapsed time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SHAPES = [(1024, 32_000), (256, 151_936)]  # rows, vocabulary
 
 
 def processor_time(sides: dict[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
-    """As `interleaved`, in seconds of this thread's own work."""
+    """Return the same as `interleaved`, in processor seconds of this thread."""
     for run in sides.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -34,7 +34,7 @@ def processor_time(sides: dict[str, Callable[[], object]], *, repeats: int) -> d
 
 
 def log_softmax(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The plain way, in float32 as it has to be."""
+    """Compute log-probs in plain torch, in float32."""
     return torch.log_softmax(logits.float(), dim=-1).gather(-1, targets[:, None]).squeeze(-1)
 
 

@@ -1,4 +1,4 @@
-"""Time on the device, and its two ceilings: how fast it copies and how fast it multiplies."""
+"""Time on the device, and its ceilings: copy bandwidth and matrix product rate."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-FLUSH_BYTES = (
-    1 << 30
-)  # written before each timed call: more than any L2 holds, and time enough to queue the call itself
+# Written before each timed call: more than any L2 cache, and long enough that the call is queued meanwhile.
+FLUSH_BYTES = 1 << 30
 
 
 @dataclass
 class Ceilings:
-    """What this device was measured to do."""
+    """Measured rates of this device."""
 
-    copy_bytes: float  # bytes a second, those read and those written together
+    copy_bytes: float  # bytes per second, read and written together
     product_flops: float  # bf16 matrix products
 
     def __str__(self) -> str:
@@ -27,7 +26,7 @@ class Ceilings:
 
 @dataclass
 class Side:
-    """One contestant: `run` is timed; `prepare`, before it, is not, and hands it what it needs."""
+    """One contestant: `run` is timed, with the results of `prepare`, which is not timed."""
 
     run: Callable
     prepare: Callable[[], tuple] = lambda: ()
@@ -35,7 +34,7 @@ class Side:
 
 
 class Clock:
-    """Seconds of single calls, each after a flush of the caches."""
+    """Measures seconds of single calls, each after a flush of the caches."""
 
     def __init__(self, device: torch.device):
         self.on_cuda = device.type == "cuda"
@@ -58,8 +57,10 @@ class Clock:
         return start.elapsed_time(end) / 1e3
 
     def rounds(self, sides: dict[str, Side], *, budget: float, most: int = 15) -> None:
-        """The sides take turns, so what slows the device slows all alike, until `budget` seconds are spent (a side's
-        three turns at least)."""
+        """Time the sides in turns until `budget` seconds are spent, at least three times each.
+
+        In turns, so that a slower device affects all of them.
+        """
         begin = time.monotonic()
         for number in range(most):
             if number >= 3 and time.monotonic() - begin > budget:
@@ -73,7 +74,7 @@ def median(side: Side) -> float:
 
 
 def measure_ceilings(device: torch.device, *, tiny: bool = False) -> Ceilings:
-    """The best of several sizes, each the median of its repeats."""
+    """Return the best of several sizes, each the median of its repeats."""
     clock, repeats = Clock(device), 3 if tiny else 10
 
     def best(work: float, run: Callable) -> float:

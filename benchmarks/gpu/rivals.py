@@ -1,4 +1,4 @@
-"""The same work by others, each imported when it is asked for. A function returns the contestant, or raises."""
+"""The same operations in other libraries, imported on use. Each function returns a contestant, or raises an error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def eager_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
-    """log_softmax in float32, of which one entry a row is kept."""
+    """Compute log_softmax in float32 and gather one entry per row."""
     return torch.log_softmax(logits.float(), -1).gather(-1, targets[:, None]).squeeze(-1)
 
 
@@ -28,7 +28,7 @@ def eager_linear_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weig
 
 
 def liger_logprobs() -> Callable:
-    """Forward only; it scores all but the last row of (1, rows, V) logits."""
+    """Forward only; it ignores the last row of (1, rows, V) logits."""
     from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
 
     return lambda logits, targets: fused_selective_log_softmax(logits[None], targets[None], temperature=1.0)
@@ -42,7 +42,7 @@ def trl_logprobs() -> Callable:
 
 
 def liger_kl() -> Callable:
-    """It takes log-probs, so the two log_softmax are part of the work."""
+    """It takes log-probs, so two log_softmax are part of the time."""
     from liger_kernel.transformers.functional import liger_kl_div
 
     def run(policy: Tensor, reference: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def liger_kl() -> Callable:
 
 
 def trl_linear_logprobs() -> Callable:
-    """At the setting of TRL's trainers: tiles of 32,768 columns, no output but the log-probs."""
+    """With the setting of TRL's trainers: tiles of 32,768 columns, only log-probs."""
     from trl.kernels import ChunkedLogProbFunction
 
     def run(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def trl_linear_logprobs() -> Callable:
 
 
 def liger_linear_logprobs() -> Callable:
-    """Its fastest: the mean over rows, whose gradient it makes in the forward. It cannot weight the rows so."""
+    """Its fastest: the mean over rows, with the gradient computed in the forward. It does not support row weights."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     def run(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def trl_linear_kl() -> Callable:
 
 
 def liger_linear_kl() -> Callable:
-    """A generalised Jensen-Shannon divergence, at the end that is the reverse KL."""
+    """The generalised Jensen-Shannon divergence with beta = 1, which is the reverse KL."""
     from liger_kernel.transformers.functional import liger_fused_linear_jsd
 
     return lambda hidden, weight, ref_hidden, ref_weight: liger_fused_linear_jsd(

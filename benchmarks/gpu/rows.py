@@ -1,4 +1,4 @@
-"""The rows of the table: what is timed, against whom, beside which floor, and which ratios are the goals."""
+"""The rows of the table: contestants, the floor that a device allows, and the goals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlhf_core.batch import PackedBatch
 
 @dataclass(frozen=True)
 class Setup:
-    """Where and how large. `dry` is a CPU and tiny shapes: a proof that the script works, and no measurement."""
+    """The device and the sizes. `dry` means a CPU and tiny shapes, which test the script and measure nothing."""
 
     device: torch.device
     dry: bool
@@ -34,10 +34,10 @@ class Setup:
 
 @dataclass
 class Row:
-    """Contestants by name, "ours" first. A contestant is a function that makes its `Side`, and may raise."""
+    """Contestants by name, "ours" first. A contestant is a function that returns its `Side`, and may raise an error."""
 
     contestants: dict[str, Callable[[], Side]]
-    floor: Callable[[Ceilings], float] | None = None  # seconds, what the device could do at best
+    floor: Callable[[Ceilings], float] | None = None  # seconds that the device needs at least
     floor_is: str = ""
     goal: float | None = None  # of the floor
     goals: dict[str, float] = field(default_factory=dict)  # times faster than these
@@ -68,7 +68,7 @@ def forward_only(make: Callable[[], Callable], *inputs: Tensor) -> Callable[[], 
 
 
 def both_ways(make: Callable[[], Callable], *inputs: Tensor, leaves: tuple[int, ...]) -> Callable[[], Side]:
-    """Forward and backward of an unevenly weighted sum, the gradients to the inputs numbered `leaves`."""
+    """Time forward and backward of an unevenly weighted sum, with gradients of the inputs numbered `leaves`."""
 
     def side() -> Side:
         function = make()
@@ -85,7 +85,7 @@ def both_ways(make: Callable[[], Callable], *inputs: Tensor, leaves: tuple[int, 
 
 
 def backward_only(make: Callable[[], Callable], *inputs: Tensor) -> Callable[[], Side]:
-    """The gradient to the first input; the forward before it is not timed."""
+    """Time the gradient of the first input, without its forward."""
 
     def side() -> Side:
         function = make()
@@ -116,7 +116,7 @@ def our_logprobs(impl: str, **options) -> Callable[[], Callable]:
 
 def token_logprobs_forward(setup: Setup) -> Row:
     logits, targets = token_inputs(setup)
-    # Liger leaves the last row of its logits out; one more costs nothing.
+    # Liger ignores the last row of its logits, so it gets one more.
     more = torch.cat([logits, logits[:1]]) if not setup.dry else logits
 
     def liger() -> Side:
@@ -146,7 +146,7 @@ def token_logprobs_backward(setup: Setup) -> Row:
         leaf = logits.detach().requires_grad_()
 
         def prepare():
-            computed = leaf.view_as(leaf).clone()  # the gradient of the copy passes through it as it is
+            computed = leaf.view_as(leaf).clone()  # the gradient of the copy is that of its input
             result = function(computed, targets)
             return result, computed, torch.linspace(0.5, 1.5, len(result), device=result.device)
 
@@ -234,7 +234,7 @@ def our_head(impl: str, **options) -> Callable[[], Callable]:
 
 
 def our_token_loss(impl: str) -> Callable[[], Callable]:
-    """The head of SFT, PPO and GRPO: every row's coefficient is known beforehand, so three products do."""
+    """The head of SFT, PPO and GRPO: the loss of a row depends on its log-prob only, so three products suffice."""
 
     def make() -> Callable:
         from rlhf_kernels.linear_logprobs import linear_token_loss

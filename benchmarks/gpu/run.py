@@ -1,11 +1,11 @@
-"""Every kernel on this machine's GPU: is it right, and how fast, beside the device's own ceilings and beside others.
+"""Correctness and speed of every kernel on this machine's GPU, compared with the device's ceilings and other libraries.
 
-python benchmarks/gpu/run.py [--json PATH]     needs CUDA, torch and triton; takes trl and liger-kernel where installed
-python benchmarks/gpu/run.py --dry-run         on a CPU, tiny shapes, Triton's interpreter: proves the script alone
+python benchmarks/gpu/run.py [--json PATH]     needs CUDA, torch and triton; uses trl and liger-kernel where installed
+python benchmarks/gpu/run.py --dry-run         on a CPU, tiny shapes, Triton's interpreter: tests the script only
 
-One process does the work and this one watches: whatever hangs, dies or spoils the device loses its own place in the
-table and no other. Past the deadline the rest is left out. The table comes last; the exit code is 1 if a check or a
-kernel of ours failed.
+One process runs the units and this one watches it, so that a kernel that hangs, crashes or breaks the device loses only
+its own entry of the table. Units past the deadline are not run. The table is printed last; the exit code is 1 if a
+check or a kernel of ours failed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PACKAGES = ("torch", "triton", "liger-kernel", "trl", "transformers")
-# In order of worth, should time run out.
+# In order of importance, in case time runs out.
 UNITS = [
     "ceilings",
     "check: token_logprobs",
@@ -53,13 +53,13 @@ COLUMNS = ["eager", "compile", "Liger", "TRL", "torch fused"]
 
 @dataclass
 class Findings:
-    """What is known so far."""
+    """Results and failures so far."""
 
     device: dict = field(default_factory=dict)
     done: dict[str, dict] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     lost: dict[str, dict[str, str]] = field(default_factory=dict)  # unit -> contestant -> reason
-    unit: str | None = None  # what is going on
+    unit: str | None = None  # the unit that is running
     contestant: str | None = None
     since: float = 0.0
 
@@ -86,7 +86,7 @@ class Findings:
 
 
 def work(units: list[str], findings: Findings, deadline: float, step: float, dry_run: bool) -> None:
-    """Start a worker, and another whenever one came to grief, until all is done or the time is up."""
+    """Start a worker, and another whenever one fails, until all units are done or the deadline is reached."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *_python_path()])}
     if dry_run:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -120,7 +120,7 @@ def work(units: list[str], findings: Findings, deadline: float, step: float, dry
             why = why or f"the process ended with {process.returncode}" + (f": {last[0][:200]}" if last else "")
             print(f"  ! {findings.unit or 'start'}: {why}", flush=True)
             if findings.unit is None and process.returncode != 3:
-                findings.failed |= dict.fromkeys(findings.left(units), f"not run: {why}")  # it does not even begin
+                findings.failed |= dict.fromkeys(findings.left(units), f"not run: {why}")  # the worker cannot start
             elif findings.unit is not None and findings.contestant is not None:
                 findings.lose(why, findings.unit, findings.contestant)
             elif findings.unit is not None and not _just_lost(findings, process):
@@ -132,12 +132,12 @@ def _python_path() -> list[str]:
 
 
 def _just_lost(findings: Findings, process: subprocess.Popen) -> bool:
-    """The worker gave up by itself after a contestant had spoiled the device; the row itself may go on."""
+    """Return whether the worker ended itself because a contestant broke the device; the row can be continued."""
     return process.returncode == 3 and findings.unit in findings.lost
 
 
 def watch(process: subprocess.Popen, journal: Path, findings: Findings, deadline: float, step: float) -> str | None:
-    """Follow the worker's journal to its end. The reason, if it had to be killed."""
+    """Follow the worker's journal to its end. Return the reason if it had to be killed."""
     with journal.open() as lines:
         while True:
             ended = process.poll() is not None
@@ -167,7 +167,7 @@ def _whole_lines(lines) -> Iterator[dict]:
 
 
 def show(findings: Findings, units: list[str], dry_run: bool) -> None:
-    """What went wrong, then the table."""
+    """Print the failures, then the table."""
     for unit in units:
         for contestant, why in findings.lost.get(unit, {}).items():
             print(f"{unit}, {contestant}: {why}")
@@ -217,7 +217,7 @@ def table_line(unit: str, findings: Findings, dry_run: bool) -> str:
 
 
 def goals_of(result: dict, share: float | None) -> list[tuple[bool, str]]:
-    """Each goal of a row: reached or not, and in words. Against whom nothing was measured there is none."""
+    """Return whether each goal of a row was reached, and its text; none for rivals that were not measured."""
     seconds, goals = result["seconds"], []
     if result["goal"] is not None:
         goals.append((share >= result["goal"], f"{result['goal']:.0%}"))
@@ -239,7 +239,7 @@ def version_of(package: str) -> str | None:
 
 
 def record(findings: Findings, units: list[str], command: list[str], seconds: float) -> dict:
-    """Everything, for the file."""
+    """Return the content of the JSON file."""
     return dict(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         command=command,

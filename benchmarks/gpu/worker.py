@@ -1,7 +1,7 @@
-"""One process that works through units (the ceilings, checks, rows) and writes what happens, a line of JSON each.
+"""The process that runs units (ceilings, checks, rows) and writes events, one line of JSON each.
 
-A kernel that hangs or spoils the device takes only this process with it: run.py sees how far it came and starts another
-for the rest.
+A kernel that hangs or breaks the device ends only this process: run.py reads how far it came and starts another for the
+rest.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Journal:
 
 
 def reason(error: BaseException) -> str:
-    """The last words of an error, one line."""
+    """Return the first line of an error."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     if isinstance(error, ModuleNotFoundError):
@@ -39,7 +39,7 @@ def reason(error: BaseException) -> str:
 
 
 def spoiled(error: BaseException) -> bool:
-    """Whether the device answers no more: every later call of this process would fail too."""
+    """Return whether the device is broken for this process, so that every later call would fail too."""
     if not torch.cuda.is_available() or isinstance(error, torch.OutOfMemoryError):
         return False
     try:
@@ -50,7 +50,7 @@ def spoiled(error: BaseException) -> bool:
 
 
 def run_row(name: str, row: Row, setup: Setup, journal: Journal, without: set[str]) -> dict:
-    """Medians of the contestants that could run."""
+    """Return the medians of the contestants that could run."""
     clock = Clock(setup.device)
     sides = {}
     for contestant, make in row.contestants.items():
@@ -78,7 +78,7 @@ def run_row(name: str, row: Row, setup: Setup, journal: Journal, without: set[st
 
 
 def count_launches(run) -> int:
-    """What a call sends to the device: kernels, and the filling of memory."""
+    """Return the number of kernels and memory operations that a call launches."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         run()

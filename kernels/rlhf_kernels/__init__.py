@@ -1,4 +1,4 @@
-"""Fused operations for RLHF. Each op has a folder: `reference.py` is its definition in plain torch."""
+"""Fused operations for RLHF. Each has a folder, whose `reference.py` is its definition in plain torch."""
 
 from rlhf_kernels.gae import gae
 from rlhf_kernels.kl_divergence import kl_divergence

@@ -1,4 +1,4 @@
-"""Which implementation runs: `impl=` of the call, else a `use_impl` block's, else RLHF_KERNELS', else "auto"."""
+"""The choice of implementation: `impl=` of the call, else of `use_impl`, else of RLHF_KERNELS, else "auto"."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("rlhf_kerne
 
 
 def choose(op: str, device: torch.device | str, impl: str | None = None) -> str:
-    """The implementation that `op` is to run with on `device`.
+    """Return the implementation of `op` on `device`, "torch" or "triton".
 
-    "auto" is Triton on CUDA where triton is installed, and torch anywhere else. A request by name is honoured or
-    refused, never changed. Triton runs on the CPU under its interpreter alone (TRITON_INTERPRET=1), for tests.
-    A function under `torch.compile` keeps the choice of its first call.
+    "auto" is Triton on CUDA where triton is installed, and torch elsewhere. An explicit "torch" or "triton" is used or
+    raises an error. On the CPU Triton runs only under its interpreter (TRITON_INTERPRET=1), for tests. A function under
+    `torch.compile` keeps the choice of its first call.
 
     Args:
-        op: the public name, for the message. device: where the inputs are. impl: "auto", "torch", "triton" or None.
+        op: the public name, for the error message.
+        device: that of the inputs.
+        impl: "auto", "torch", "triton", or None for that of `use_impl` or RLHF_KERNELS.
 
-    Returns:
-        "torch" or "triton".
-
-    Raises ValueError for an unknown name, RuntimeError where Triton is asked for and cannot run.
+    Raises:
+        ValueError: for an unknown name.
+        RuntimeError: if "triton" is requested and cannot run.
     """
     return _choose(op, torch.device(device).type, impl)
 
 
 def _choose(op: str, device_type: str, impl: str | None) -> str:
-    asked, environment = impl or _forced.get(), os.environ.get("RLHF_KERNELS")
-    wanted = asked or environment or "auto"
-    _check(wanted, "impl" if asked else "RLHF_KERNELS")
+    requested = impl or _forced.get()
+    wanted = requested or os.environ.get("RLHF_KERNELS") or "auto"
+    _check(wanted, "impl" if requested else "RLHF_KERNELS")
     if wanted == "torch" or (wanted == "auto" and device_type != "cuda"):
         return "torch"
     interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
@@ -49,21 +50,21 @@ def _choose(op: str, device_type: str, impl: str | None) -> str:
         return "torch"
     installed = "installed" if has_triton() else "not installed"
     raise RuntimeError(
-        f"{op}: impl='triton' was asked for, but the inputs are on {device_type!r} and triton is {installed}. "
-        "It needs CUDA and `pip install triton` (or, for tests on the CPU, TRITON_INTERPRET=1); impl='auto' falls back"
+        f"{op}: impl='triton': expected CUDA inputs and triton, but the inputs are on {device_type!r} and triton is "
+        f"{installed}. Run `pip install triton` (for tests on the CPU set TRITON_INTERPRET=1), or use impl='auto'"
     )
 
 
-# Dynamo can read neither context variables nor what is installed, so it takes the answer for a constant. This is what
-# torch.compiler.assume_constant_result does, which would import all of dynamo, and triton, along with this module.
-_choose._dynamo_marked_constant = True
+# Dynamo cannot trace context variables or imports, so it takes the result for a constant. This is what
+# torch.compiler.assume_constant_result does, which would import all of dynamo, and triton, with this module.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
 def use_impl(impl: str) -> Iterator[None]:
-    """Every op inside the block runs with `impl`, unless the call itself names another.
+    """Run every operation inside the block with `impl`, unless the call sets its own `impl`.
 
-    The block holds for its own thread or task, and for what is differentiated later: a backward follows its forward.
+    The block applies to its own thread or task. A backward pass uses the implementation of its forward.
     """
     _check(impl)
     token = _forced.set(impl)
@@ -74,13 +75,13 @@ def use_impl(impl: str) -> Iterator[None]:
 
 
 def implementation(op: str, impl: str) -> ModuleType:
-    """The module of `op` that `impl` ("torch" or "triton", as `choose` says) is written in, imported when asked for."""
+    """Import and return the module of `op` for `impl`, "torch" or "triton" as returned by `choose`."""
     return importlib.import_module(f"rlhf_kernels.{op}.{'torch_path' if impl == 'torch' else 'triton_kernel'}")
 
 
 @functools.cache
 def has_triton() -> bool:
-    """Is triton installed? Looked up on first use, and not imported."""
+    """Return whether triton is installed, without importing it."""
     return importlib.util.find_spec("triton") is not None
 
 

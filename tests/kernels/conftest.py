@@ -1,6 +1,6 @@
-"""The Triton path without a GPU: its interpreter, in this folder's tests, and its compiler, in a process of its own.
+"""Fixtures that run the Triton path without a GPU: in its interpreter, and through its compiler in a subprocess.
 
-Where there is a GPU both paths run on it instead, compiled.
+With a GPU both paths run on it, compiled.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def interpret_triton() -> None:
-    """Triton, from here on, runs its functions in numpy.
+    """Make Triton run its functions in numpy from here on.
 
     Its own library of functions (tl.sum and the like) is decorated when triton is first imported, which another test
-    file may have brought about already, through transformers. Those functions are wrapped again.
+    file may have done already, through transformers. Those functions are wrapped again.
     """
     late = "triton" in sys.modules
     os.environ["TRITON_INTERPRET"] = "1"
@@ -45,21 +45,21 @@ if HAS_TRITON and DEVICE == "cpu":
 
 @pytest.fixture
 def device() -> str:
-    """Where the kernels' tests run: the GPU if there is one."""
+    """The device of the tests: the GPU if there is one."""
     return DEVICE
 
 
 @pytest.fixture(params=["torch", "triton"])
 def impl(request) -> str:
-    """Both implementations. Without triton its half is skipped on a laptop and fails in CI."""
+    """Both implementations. Without triton its tests are skipped, or fail in CI."""
     if request.param == "triton" and not HAS_TRITON:
         if os.environ.get("CI"):
-            pytest.fail("triton is not installed: CI may not skip its path")
+            pytest.fail("triton is not installed: expected in CI")
         pytest.skip("triton is not installed")
     return request.param
 
 
-# Of the largest true value. The half types round what they return once, so half a unit in the last place.
+# Relative to the largest true value. The half types round results once: half a unit in the last place.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
@@ -70,24 +70,24 @@ def dtype(request) -> torch.dtype:
 
 
 @pytest.fixture
-def judge(impl):
-    """Judges tensors by name against the truth, the definition in float64 on the very same (rounded) inputs.
+def assert_accurate(impl):
+    """Return a function that compares tensors by name with the definition in float64 on the same (rounded) inputs.
 
-    They may be as wrong as the definition in the model's own dtype is, plus a little:
+    The error may be that of the definition in the dtype of the model, plus a tolerance:
 
         max |kernel - truth| <= max |definition in that dtype - truth| + tolerance * max |truth|
 
-    Triton's interpreter does not round to bfloat16, it cuts off: a whole unit in the last place there.
+    Triton's interpreter truncates to bfloat16 instead of rounding: a whole unit in the last place there.
     """
-    cut_off = {torch.bfloat16: 2.0**-7} if impl == "triton" and DEVICE == "cpu" else {}
-    tolerance = TOLERANCE | cut_off
+    truncated = {torch.bfloat16: 2.0**-7} if impl == "triton" and DEVICE == "cpu" else {}
+    tolerance = TOLERANCE | truncated
 
     def as_good_as_the_definition(
         found: dict[str, torch.Tensor],
         plain: dict[str, torch.Tensor],
         truth: dict[str, torch.Tensor],
         dtype: torch.dtype,
-        scale: float = 1e-3,  # the least size that the tolerance is a share of
+        scale: float = 1e-3,  # lower bound of max |truth| in the tolerance
     ) -> None:
         assert found.keys() == plain.keys() == truth.keys()
         for name, true in truth.items():
@@ -101,7 +101,7 @@ def judge(impl):
     return as_good_as_the_definition
 
 
-# Everything up to the launch is real; the driver only says that there is an H100.
+# Everything up to the launch is real; the driver only reports an H100.
 _PREAMBLE = """
 import os, sys
 sys.path.insert(0, "kernels")
@@ -126,10 +126,10 @@ launch, JITFunction.run, compiled_kernels = JITFunction.run, compile_only, []
 
 @pytest.fixture
 def compile_for_cuda(tmp_path):
-    """Runs code whose Triton kernels are compiled for an H100 as they are launched, and not run; returns its output.
+    """Return a function that runs code in a subprocess and returns its output.
 
-    The code imports the kernels it wants and then sets TRITON_INTERPRET, so that they may be asked for on the CPU.
-    `compiled_kernels` lists (name, PTX).
+    Triton kernels that the code launches are compiled for an H100 and not run; `compiled_kernels` lists (name, PTX).
+    The code imports the kernels and then sets TRITON_INTERPRET, so that impl="triton" is accepted on the CPU.
     """
 
     def run(code: str) -> str:

@@ -1,4 +1,4 @@
-"""benchmarks/gpu without a GPU: every check and every row runs, and nothing that goes wrong in one ends the run."""
+"""benchmarks/gpu without a GPU: every check and every row runs, and a failure in one does not end the run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_dry_run_does_everything(tmp_path):
     assert last.startswith("packed_attention fwd+bwd")
 
 
-# Plays the worker: units "a", "b" (contestants x and y) and "c", of which one does something bad.
+# Stands in for the worker: units "a", "b" (contestants x and y) and "c", of which one fails.
 WORKER = """
 import json, os, sys, time
 journal, units, without = open(sys.argv[1], "a"), json.loads(sys.argv[2]), json.loads(sys.argv[3])
@@ -68,7 +68,7 @@ for unit in units:
     ],
     ids=["hangs", "dies", "spoils the device"],
 )
-def test_a_bad_contestant_loses_its_own_place_alone(suite, tmp_path, monkeypatch, bad, reason):
+def test_a_failing_contestant_is_the_only_one_lost(suite, tmp_path, monkeypatch, bad, reason):
     (tmp_path / "worker.py").write_text(WORKER.replace("BAD", bad))
     monkeypatch.setattr(suite, "HERE", tmp_path)
     findings = suite.Findings()
@@ -78,7 +78,7 @@ def test_a_bad_contestant_loses_its_own_place_alone(suite, tmp_path, monkeypatch
     assert findings.failed == {}
 
 
-def test_a_bad_check_fails_alone(suite, tmp_path, monkeypatch):
+def test_a_failing_check_fails_alone(suite, tmp_path, monkeypatch):
     bad = WORKER.replace('if unit == "b":', 'if unit == "b":\n        os._exit(9)').replace("BAD", "pass")
     (tmp_path / "worker.py").write_text(bad)
     monkeypatch.setattr(suite, "HERE", tmp_path)
@@ -107,7 +107,7 @@ def test_a_worker_that_cannot_start_ends_the_run(suite, tmp_path, monkeypatch):
 
 
 def test_the_table(suite, capsys):
-    """Floors, goals and ratios by hand: 10 ms of a floor of 9, a rival four times slower, one that fell out."""
+    """Floors, goals and ratios by hand: 10 ms with a floor of 9, a rival four times slower, one that failed."""
     row = dict(
         seconds={"ours": 0.010, "eager": 0.040},
         floor=0.009,

@@ -1,7 +1,7 @@
-"""The fused LM head against its definition.
+"""The fused LM head compared with its definition.
 
-Each number is judged by the truth, the definition in float64 on the very same (rounded) inputs, and may be as wrong as
-the definition in the model's own dtype is, plus a little:
+The truth is the definition in float64 on the same (rounded) inputs. The error may be that of the definition in the
+dtype of the model, plus a tolerance:
 
     max |kernel - truth| <= max |definition in that dtype - truth| + tolerance * max |truth|
 
@@ -21,7 +21,7 @@ from rlhf_kernels.linear_logprobs import _backward, _forward, linear_logprobs, l
 from rlhf_kernels.linear_logprobs.reference import linear_logprobs as reference
 from rlhf_kernels.registry import implementation, use_impl
 
-# Of the largest true value. The half types round what they return once, so half a unit in the last place.
+# Relative to the largest true value. The half types round results once: half a unit in the last place.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 KEEP, RECOMPUTE = 1 << 29, 0
 OPTIONS = {
@@ -39,7 +39,7 @@ BLOCK_ROWS = 4
 
 @pytest.fixture(autouse=True)
 def small(impl, device, monkeypatch):
-    """Small blocks, tiles and steps, so that small inputs take several of each; on the GPU if there is one."""
+    """Set small blocks, tiles and steps, so that small inputs take several of each; on a GPU if there is one."""
     cut(monkeypatch, impl, BLOCK_ROWS)
     monkeypatch.setattr("rlhf_kernels.common._CPU_TILE", 128)
     if impl == "triton":
@@ -53,7 +53,7 @@ def cut(monkeypatch, impl: str, rows: int) -> None:
 
 
 def draw(rows: int, vocabulary: int, width: int, dtype=torch.float64, *, bias=False, seed=0) -> dict[str, torch.Tensor]:
-    """Logits of spread 2 or so, every input wanting a gradient."""
+    """Return inputs that require gradients, for logits of spread 2 or so."""
     generator, device = torch.Generator("cpu").manual_seed(seed), torch.get_default_device()
 
     def normal(*shape, spread=1.0):
@@ -73,7 +73,7 @@ def normal_numbers(seed: int, *shape: int) -> torch.Tensor:
 
 
 def results(function, inputs: dict[str, torch.Tensor], dtype=None, **options) -> dict[str, torch.Tensor]:
-    """Log-probs, entropies and the gradients of an unevenly weighted sum of the log-probs, in `dtype`."""
+    """Return log-probs, entropies and the gradients of an unevenly weighted sum of the log-probs, in `dtype`."""
     leaves = {name: x.detach().to(dtype).requires_grad_() for name, x in inputs.items() if name != "targets"}
     logprobs, entropy = function(targets=inputs["targets"], **leaves, **options)
     weights = torch.linspace(-1, 2, len(logprobs), dtype=logprobs.dtype)
@@ -83,7 +83,7 @@ def results(function, inputs: dict[str, torch.Tensor], dtype=None, **options) ->
 
 
 def tolerance_of(dtype: torch.dtype, impl: str) -> float:
-    """Triton's interpreter does not round to bfloat16, it cuts off: a whole unit in the last place."""
+    """Return the tolerance, for bfloat16 in Triton's interpreter, which truncates, a whole unit in the last place."""
     cut_off = impl == "triton" and dtype == torch.bfloat16 and not torch.cuda.is_available()
     return TOLERANCE[dtype] * (2 if cut_off else 1)
 
@@ -103,23 +103,30 @@ def assert_as_good_as_the_definition(inputs: dict[str, torch.Tensor], impl: str,
 
 
 @both_modes
-@every_dtype
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_options(impl, dtype, keep_bytes, bias, options):
-    """Three blocks of rows, the last of a single one."""
-    assert_as_good_as_the_definition(draw(9, 67, 16, dtype, bias=bias), impl, keep_bytes=keep_bytes, **options)
+def test_options(impl, dtype, keep_bytes, options):
+    """Three blocks of rows, the last of a single row."""
+    inputs = draw(9, 67, 16, dtype, bias=bool(options))
+    assert_as_good_as_the_definition(inputs, impl, keep_bytes=keep_bytes, **options)
 
 
 @both_modes
-@every_dtype
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_other_dtypes(impl, dtype, keep_bytes):
+    inputs = draw(9, 67, 16, dtype, bias=True)
+    assert_as_good_as_the_definition(inputs, impl, keep_bytes=keep_bytes, **OPTIONS["everything"])
+
+
+@both_modes
 @pytest.mark.parametrize(
     ("rows", "vocabulary", "width"),
     [(0, 5, 4), (1, 1, 1), (1, 7, 3), (5, 1, 4), (4, 7, 1), (5, 257, 8), (9, 1000, 33)],
 )
-def test_odd_shapes(impl, dtype, keep_bytes, rows, vocabulary, width):
-    """No rows, one row, a vocabulary of one symbol, whole and broken blocks."""
-    assert_as_good_as_the_definition(draw(rows, vocabulary, width, dtype, bias=True), impl, keep_bytes=keep_bytes)
+def test_odd_shapes(impl, keep_bytes, rows, vocabulary, width):
+    """No rows, one row, a vocabulary of one token, whole and partial blocks."""
+    inputs = draw(rows, vocabulary, width, torch.float32, bias=True)
+    assert_as_good_as_the_definition(inputs, impl, keep_bytes=keep_bytes)
 
 
 def test_by_hand():
@@ -139,18 +146,17 @@ def test_by_hand():
 
 @both_modes
 def test_a_vocabulary_of_one_symbol_is_certain(keep_bytes):
-    """log 1 = 0, entropy 0, and nothing to learn, exactly."""
+    """Log-prob, entropy and gradients are exactly 0."""
     found = results(linear_logprobs, draw(5, 1, 4, torch.float32), torch.float32, entropy=True, keep_bytes=keep_bytes)
     assert all((value == 0).all() for value in found.values())
 
 
 @every_dtype
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_keeping_and_recomputing_are_the_same(dtype, options):
-    """Both make the gradient from the same exponentials, so they agree to what a matrix product may vary by."""
+def test_keeping_and_recomputing_are_the_same(dtype):
+    """Both compute the gradient from the same exponentials, so they agree up to the variation of a matrix product."""
     inputs = draw(9, 67, 16, dtype, bias=True)
     kept, recomputed = (
-        results(linear_logprobs, inputs, dtype, entropy=True, keep_bytes=keep_bytes, **options)
+        results(linear_logprobs, inputs, dtype, entropy=True, keep_bytes=keep_bytes, **OPTIONS["everything"])
         for keep_bytes in (KEEP, RECOMPUTE)
     )
     torch.testing.assert_close(recomputed, kept, rtol=2 * torch.finfo(dtype).eps, atol=1e-12)
@@ -172,11 +178,10 @@ def spread_out(tensor: torch.Tensor, how: str) -> torch.Tensor:
 
 
 @both_modes
-@pytest.mark.parametrize("which", ["hidden", "weight", "both"])
 @pytest.mark.parametrize("how", ["transposed", "every other column", "every other row", "expanded"])
-def test_strides_do_not_matter(keep_bytes, which, how):
+def test_strides_do_not_matter(keep_bytes, how):
     inputs = draw(9, 33, 8)
-    for name in ["hidden", "weight"] if which == "both" else [which]:
+    for name in ("hidden", "weight"):
         inputs[name] = spread_out(inputs[name], how)
         assert not inputs[name].is_contiguous()
     strided = {name: x.detach().requires_grad_(name != "targets") for name, x in inputs.items()}
@@ -218,9 +223,9 @@ def test_a_confident_row_still_learns(dtype, keep_bytes):
 
 
 @both_modes
-@every_dtype
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_a_hopeless_target_and_huge_logits(dtype, keep_bytes):
-    """Logits of -+1e4 (exact in every dtype but bfloat16, which says 9984): no overflow, log p = -2e4 or so, exactly.
+    """Logits of -+1e4, exact in these dtypes: no overflow, log p = -2e4 exactly.
 
     Row 0: target far below, log p = -20000, gradient (-1, 1). Row 1: the same, but likely: 0 and gradient 0.
     Row 2: a tie at 1e4: -ln 2 and (1/2, -1/2).
@@ -258,19 +263,19 @@ def test_a_saturated_softcap(keep_bytes):
 
 @pytest.mark.parametrize(("dtype", "keep_bytes"), [(torch.bfloat16, RECOMPUTE), (torch.float16, KEEP)])
 def test_a_sum_over_many_rows_does_not_stall(impl, dtype, keep_bytes, monkeypatch):
-    """600 blocks of one row, all equal, p = 1/4: the mean's gradient is 3/4 for the target's weight, -1/4 for the rest.
+    """300 blocks of one row, all equal, p = 1/4: the mean's gradient is 3/4 for the target's weight, -1/4 for the rest.
 
     The bias has the same. Times 64, so that no row's share is a subnormal of float16.
 
-    A sum kept in bfloat16 stands still once the next block's share falls under 2^-9 of it.
+    A sum in bfloat16 stops growing when the part of a block is less than 2^-9 of it.
     """
     cut(monkeypatch, impl, 1)
-    rows = 600
+    rows = 300
     inputs = dict(hidden=torch.ones(rows, 1), weight=torch.zeros(4, 1), bias=torch.zeros(4))
     leaves = {name: x.to(dtype).requires_grad_() for name, x in inputs.items()}
     targets = torch.zeros(rows, dtype=torch.int64)
     (64 * linear_logprobs(targets=targets, **leaves, keep_bytes=keep_bytes)[0].mean()).backward()
-    rounding = 4e-3 if impl == "torch" else 8e-3  # Triton's interpreter cuts off what a GPU would round to bfloat16
+    rounding = 4e-3 if impl == "torch" else 8e-3  # Triton's interpreter truncates to bfloat16
     for name in ("weight", "bias"):
         assert leaves[name].grad.flatten().tolist() == pytest.approx([48, -16, -16, -16], rel=rounding)
 
@@ -279,9 +284,9 @@ def test_a_sum_over_many_rows_does_not_stall(impl, dtype, keep_bytes, monkeypatc
 
 
 @both_modes
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", [{}, OPTIONS["everything"]], ids=["plain", "everything"])
 def test_gradcheck(keep_bytes, options):
-    inputs = draw(3, 5, 4, bias=True)
+    inputs = draw(2, 4, 3, bias=True)
     targets = inputs.pop("targets")
     assert torch.autograd.gradcheck(
         lambda hidden, weight, bias: linear_logprobs(
@@ -298,7 +303,7 @@ def test_gradcheck(keep_bytes, options):
     ids=lambda names: "-".join(sorted(names)) or "nothing",
 )
 def test_what_is_frozen_gets_no_gradient(keep_bytes, wanted):
-    """And what is not gets the same one as ever."""
+    """The other inputs get the same gradients as without frozen ones."""
     inputs = draw(9, 33, 8, bias=True)
     targets = inputs.pop("targets")
     everything = torch.autograd.grad(reference(targets=targets, **inputs)[0].sum(), list(inputs.values()))
@@ -348,8 +353,8 @@ def test_a_second_derivative_is_refused(keep_bytes):
         gradient.sum().backward()
 
 
-def test_the_entropy_is_a_gauge():
-    """Asked for, it carries no graph and changes nothing; not asked for, it is None."""
+def test_the_entropy_has_no_gradient():
+    """It does not change the log-probs, and is None without entropy=True."""
     inputs = draw(3, 5, 4)
     logprobs, entropy = linear_logprobs(**inputs, entropy=True)
     assert logprobs.requires_grad and not entropy.requires_grad
@@ -373,7 +378,7 @@ BODIES = {op._opoverload: op._init_fn for op in (_forward, _backward)}
 
 
 class Memory(TorchDispatchMode):
-    """Watches every tensor that an operation makes: the largest, and the most elements alive at one time."""
+    """Record the largest tensor that an operation makes, and the most elements alive at one time."""
 
     def __init__(self):
         super().__init__()
@@ -405,7 +410,7 @@ class Memory(TorchDispatchMode):
 
 
 class Idle:
-    """A kernel that does nothing: the interpreter's own copies of everything are no memory of ours."""
+    """A kernel that does nothing, because the interpreter allocates copies of its own."""
 
     def __getitem__(self, grid):
         return lambda *args, **kwargs: None
@@ -420,7 +425,7 @@ def idle_kernels(impl, monkeypatch):
 
 needs_no_results = pytest.mark.usefixtures("idle_kernels")
 ROWS, VOCABULARY, WIDTH = 64, 500, 4
-WHOLE = ROWS * VOCABULARY  # what must not be held
+WHOLE = ROWS * VOCABULARY  # must not be allocated
 BLOCK = BLOCK_ROWS * VOCABULARY
 SMALL = 10 * (ROWS + VOCABULARY * WIDTH)  # a number a row, a gradient of the weight, and so on
 
@@ -451,7 +456,7 @@ def test_recomputing_holds_a_few_blocks_at_most(options):
 
 @needs_no_results
 def test_keeping_holds_the_exponentials_once():
-    """And nothing beside them but a block; and not a byte over keep_bytes."""
+    """And otherwise only a block; and at most keep_bytes."""
     memory = watch(linear_logprobs)
     assert memory.largest == WHOLE and memory.peak < WHOLE + 2 * BLOCK + SMALL
     assert watch(linear_logprobs, keep_bytes=4 * WHOLE).peak >= WHOLE
@@ -472,6 +477,7 @@ def test_nothing_is_kept_where_no_gradient_will_be_taken():
 # ------------------------------------------------------------------------------------------------------------ training
 
 
+@pytest.mark.slow
 @both_modes
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_a_training_run_ends_in_the_same_place(keep_bytes, dtype, tolerance):
@@ -500,32 +506,12 @@ def test_a_training_run_ends_in_the_same_place(keep_bytes, dtype, tolerance):
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
-# ------------------------------------------------------------------------------------------------ masks and -inf logits
+# ------------------------------------------------------------------------------------------------ excluded tokens
 
 
 @both_modes
-@pytest.mark.parametrize("live", ["some", "none", "one", "all"])
-def test_masked_rows_take_no_part(keep_bytes, live):
-    """They may hold anything; the others get exactly what they get alone."""
-    inputs = draw(11, 67, 8, bias=True)
-    mask = {"some": torch.arange(11) % 3 == 1, "none": torch.zeros(11).bool(), "all": torch.ones(11).bool()}
-    mask["one"] = torch.arange(11) == 7
-    mask = mask[live]
-    alone = inputs | {"hidden": inputs["hidden"][mask].detach(), "targets": inputs["targets"][mask]}
-    truth = results(linear_logprobs, alone, torch.float64, entropy=True, keep_bytes=keep_bytes)
-    inputs["hidden"] = torch.where(mask[:, None], inputs["hidden"].detach(), math.nan)
-    leaves = {name: x.detach().requires_grad_(name != "targets") for name, x in inputs.items()}
-    logprobs, entropy = linear_logprobs(**leaves, mask=mask, entropy=True, keep_bytes=keep_bytes)
-    (logprobs[mask] * torch.linspace(-1, 2, int(mask.sum()), dtype=torch.float64)).sum().backward()
-    assert (logprobs[~mask] == 0).all() and (entropy[~mask] == 0).all() and (leaves["hidden"].grad[~mask] == 0).all()
-    found = {"logprobs": logprobs[mask].detach(), "entropy": entropy[mask], "grad_hidden": leaves["hidden"].grad[mask]}
-    found |= {f"grad_{name}": leaves[name].grad for name in ("weight", "bias")}
-    torch.testing.assert_close(found, truth, rtol=0, atol=1e-13)
-
-
-@both_modes
-def test_a_bias_of_minus_infinity_rules_a_token_out(keep_bytes):
-    """As if it were not in the vocabulary. As a target: log 0, and a gradient as finite as the definition's."""
+def test_a_bias_of_minus_infinity_excludes_a_token(keep_bytes):
+    """As if it were not in the vocabulary. As a target: log 0, and the gradient of the definition."""
     inputs = draw(9, 100, 8, bias=True)
     with torch.no_grad():
         inputs["bias"][64:] = -math.inf  # a whole step of the kernel too
@@ -538,8 +524,8 @@ def test_a_bias_of_minus_infinity_rules_a_token_out(keep_bytes):
     torch.testing.assert_close(found, truth, rtol=0, atol=1e-12)
 
 
-def test_a_target_out_of_the_vocabulary_is_seen(impl):
-    """An error on the CPU, and NaN where a kernel cannot raise."""
+def test_a_target_outside_the_vocabulary(impl):
+    """An error on the CPU, and NaN in a kernel, which cannot raise one."""
     inputs = draw(3, 5, 4) | {"targets": torch.tensor([0, 5, -100])}
     if impl == "torch":  # on CUDA it would end the process
         with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
@@ -552,15 +538,12 @@ def test_a_target_out_of_the_vocabulary_is_seen(impl):
 
 
 @both_modes
-@pytest.mark.parametrize("options", [{}, dict(softcap=3.0), dict(entropy=True)], ids=str)
-def test_it_compiles_into_one_graph(keep_bytes, options):
+def test_it_compiles_into_one_graph(keep_bytes):
     inputs = draw(9, 33, 8, bias=True)
-    mask = torch.arange(9) % 4 != 2
+    options = dict(softcap=3.0, entropy=True, keep_bytes=keep_bytes)
 
     def loss(hidden, weight, bias, targets, temperature):
-        logprobs, _ = linear_logprobs(
-            hidden * 2, weight, targets, bias=bias, temperature=temperature, mask=mask, keep_bytes=keep_bytes, **options
-        )
+        logprobs, _ = linear_logprobs(hidden * 2, weight, targets, bias=bias, temperature=temperature, **options)
         return logprobs.square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
@@ -573,14 +556,13 @@ def test_it_compiles_into_one_graph(keep_bytes, options):
         torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
 
 
-@both_modes
-def test_another_temperature_compiles_nothing_new(keep_bytes):
+def test_another_temperature_compiles_nothing_new():
     inputs = draw(9, 33, 8)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, backend=counter)
     def loss(temperature):
-        return linear_logprobs(**inputs, temperature=temperature, keep_bytes=keep_bytes)[0].sum()
+        return linear_logprobs(**inputs, temperature=temperature)[0].sum()
 
     for temperature in (0.7, 0.8):  # after two values dynamo takes the number as an input
         loss(temperature)
@@ -591,19 +573,17 @@ def test_another_temperature_compiles_nothing_new(keep_bytes):
 
 
 @both_modes
-@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
-def test_opcheck(impl, keep_bytes, masked):
-    """Schema, fake and autograd registration of the op agree with what it does."""
+def test_opcheck(impl, keep_bytes):
+    """Schema, fake and autograd registration of the op agree with its implementation."""
     inputs = draw(9, 33, 8, torch.float32, bias=True)
-    mask = torch.arange(9) % 4 != 2 if masked else None
     temperature = torch.tensor(0.7, dtype=torch.float64)
-    head = (inputs["hidden"], inputs["weight"], inputs["bias"], inputs["targets"], mask)
+    head = (inputs["hidden"], inputs["weight"], inputs["bias"], inputs["targets"])
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(_forward, (*head, temperature, 0.5, 3.0, True, keep_bytes > 0, impl), test_utils=tests)
 
 
 def test_the_kernels_compile_for_cuda(impl, compile_for_cuda):
-    """By Triton's own compiler: what the interpreter lets pass it may not."""
+    """With Triton's own compiler, which rejects more than its interpreter."""
     if impl == "torch":
         return
     out = compile_for_cuda(
@@ -613,8 +593,6 @@ os.environ["TRITON_INTERPRET"] = "1"
 for dtype, vocabulary, softcap, bias, entropy in (
     (torch.bfloat16, 32000, None, False, False),
     (torch.bfloat16, 32000, 30.0, True, True),
-    (torch.float16, 257, None, True, False),
-    (torch.float32, 257, 30.0, False, True),
     (torch.float64, 5000, 30.0, True, True),
 ):
     hidden = torch.zeros(3, 8, dtype=dtype, requires_grad=True)
@@ -629,7 +607,7 @@ for dtype, vocabulary, softcap, bias, entropy in (
 print(len(compiled_kernels))
 """
     )
-    assert int(out) == 10
+    assert int(out) == 6
 
 
 def test_two_runs_are_equal_to_the_bit():
@@ -638,7 +616,7 @@ def test_two_runs_are_equal_to_the_bit():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("wrong", ["targets", "dtype", "width", "bias", "mask", "empty vocabulary"])
+@pytest.mark.parametrize("wrong", ["targets", "dtype", "width", "bias", "empty vocabulary"])
 def test_what_does_not_fit_is_refused(wrong):
     inputs = draw(3, 5, 4, bias=True)
     inputs |= {
@@ -646,7 +624,6 @@ def test_what_does_not_fit_is_refused(wrong):
         "dtype": {"weight": inputs["weight"].float()},
         "width": {"weight": inputs["weight"][:, :3]},
         "bias": {"bias": inputs["bias"][:4]},
-        "mask": {"mask": torch.ones(3)},
         "empty vocabulary": {"weight": inputs["weight"][:0], "bias": None},
     }[wrong]
     with pytest.raises(ValueError, match="expected"):
@@ -657,7 +634,7 @@ def test_what_does_not_fit_is_refused(wrong):
 
 
 def losses(rows: int) -> dict:
-    """Losses of each token alone: of supervised tuning, and the clipped surrogate with its mask."""
+    """Return losses whose terms depend on one token each, among them a clipped surrogate with a mask."""
     coefficients, advantages, mask = (normal_numbers(seed, rows) for seed in (3, 4, 5))
     old, mask = -3 + 0.7 * normal_numbers(6, rows), mask > -0.5
 
@@ -674,11 +651,14 @@ def losses(rows: int) -> dict:
     }
 
 
-@pytest.mark.parametrize("loss", losses(1))
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [("surrogate", name) for name in OPTIONS]
+    + [(loss, "everything") for loss in ("supervised", "constant", "squared")],
+)
 def test_a_token_loss_is_the_loss_of_the_log_probs(loss, options):
-    """Value, log-probs and every gradient, to 1e-10; through three blocks and a further factor."""
-    inputs = draw(11, 67, 16, bias=True)
+    """Value, log-probs and every gradient, to 1e-10; with three blocks and a further factor."""
+    inputs, options = draw(11, 67, 16, bias=True), OPTIONS[options]
     loss, targets = losses(11)[loss], inputs.pop("targets")
     leaves = list(inputs.values())
     truth, _ = linear_logprobs(targets=targets, **inputs, **options)
@@ -745,11 +725,11 @@ def test_a_token_loss_differentiates_nothing_without_gradients():
     assert total.item() == pytest.approx(-reference(**inputs)[0].sum().item())
 
 
-def test_a_token_loss_hands_its_gradients_out_once():
+def test_a_token_loss_has_one_backward_pass():
     inputs = draw(3, 5, 4)
     total, _ = linear_token_loss(**inputs, loss=lambda logprobs, rows: -logprobs)
     total.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="hands out its gradients once"):
+    with pytest.raises(RuntimeError, match="linear_token_loss has one backward pass"):
         total.backward()
 
 
@@ -770,7 +750,7 @@ def test_a_token_loss_of_another_shape_is_refused():
 
 @needs_no_results
 def test_a_token_loss_keeps_one_block():
-    """Forward and backward, three products and nothing of the size of [tokens, vocabulary]."""
+    """Forward and backward, without a tensor of [tokens, vocabulary]."""
     inputs = draw(ROWS, VOCABULARY, WIDTH, torch.float32)
     with Memory() as memory:
         linear_token_loss(**inputs, loss=lambda logprobs, rows: -logprobs)[0].backward()
@@ -793,7 +773,7 @@ class Products(TorchDispatchMode):
 @needs_no_results
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen head"])
 def test_how_many_products_a_block_costs(frozen):
-    """Kept: three, or two with a frozen head. Recomputed: one more. In one pass: as if kept."""
+    """Kept: three, or two with a frozen head. Recomputed: one more. In one pass: as many as kept."""
     inputs = draw(2 * BLOCK_ROWS, 33, 8, torch.float32)
     inputs["weight"] = inputs["weight"].detach().requires_grad_(not frozen)
     for options, expected in ((dict(keep_bytes=KEEP), 3), (dict(keep_bytes=RECOMPUTE), 4)):

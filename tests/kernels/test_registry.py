@@ -1,4 +1,4 @@
-"""Which implementation runs, and what is said where it cannot."""
+"""The choice of implementation, and the errors where one cannot run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rlhf_kernels.registry import choose, has_triton, implementation, use_impl
 
 
 @pytest.fixture(autouse=True)
-def nothing_said(monkeypatch):
-    """No wish in the environment, no interpreter, triton installed."""
+def clean_environment(monkeypatch):
+    """No RLHF_KERNELS, no interpreter, triton installed."""
     monkeypatch.delenv("RLHF_KERNELS", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(registry, "has_triton", lambda: True)
@@ -30,7 +30,7 @@ def without_triton(monkeypatch):
         ("cuda:1", True, False, "triton"),
         ("cuda", False, False, "torch"),
         ("cpu", True, False, "torch"),
-        ("cpu", True, True, "torch"),  # the interpreter is for tests, and only when asked
+        ("cpu", True, True, "torch"),  # the interpreter is used only for an explicit "triton"
         ("cpu", False, False, "torch"),
         ("mps", True, False, "torch"),
     ],
@@ -43,8 +43,8 @@ def test_auto(monkeypatch, device, installed, interpreted, chosen):
     assert choose("op", device) == choose("op", torch.device(device), "auto") == chosen
 
 
-def test_who_is_heard_first(monkeypatch):
-    """The call, then the block, then the environment, then auto."""
+def test_precedence(monkeypatch):
+    """The call, then use_impl, then the environment, then auto."""
     monkeypatch.setenv("RLHF_KERNELS", "torch")
     assert choose("op", "cuda") == "torch"
     with use_impl("triton"):
@@ -59,24 +59,27 @@ def test_who_is_heard_first(monkeypatch):
     assert choose("op", "cuda") == "triton"
 
 
-def test_a_block_ends_with_an_error_too():
+def test_use_impl_ends_with_an_error_too():
     with pytest.raises(KeyError), use_impl("torch"):
         raise KeyError
     assert choose("op", "cuda") == "triton"
 
 
-def test_a_block_is_its_own_threads():
-    heard = []
+def test_use_impl_applies_to_its_own_thread():
+    chosen = []
     with use_impl("torch"):
-        thread = threading.Thread(target=lambda: heard.append(choose("op", "cuda")))
+        thread = threading.Thread(target=lambda: chosen.append(choose("op", "cuda")))
         thread.start()
         thread.join()
-    assert heard == ["triton"]
+    assert chosen == ["triton"]
 
 
 def test_triton_by_name_runs_or_raises(monkeypatch):
     assert choose("op", "cuda", "triton") == "triton"
-    with pytest.raises(RuntimeError, match=r"op: impl='triton' was asked for, but .* on 'cpu' and triton is installed"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"op: impl='triton': expected CUDA .* on 'cpu' and triton is installed",
+    ):
         choose("op", "cpu", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choose("op", "cpu", "triton") == "triton"

@@ -1,4 +1,4 @@
-"""Log-probs from logits, both implementations, against the definition (`judge` in conftest.py says how)."""
+"""Log-probs from logits, both implementations, compared with the definition by `assert_accurate` of conftest.py."""
 
 from __future__ import annotations
 
@@ -13,18 +13,12 @@ from rlhf_kernels import common, token_logprobs
 from rlhf_kernels.token_logprobs import _backward, _backward_inplace, _forward, torch_path
 from rlhf_kernels.token_logprobs.reference import token_logprobs as reference
 
-OPTIONS = {
-    "plain": {},
-    "temperature": dict(temperature=0.7),
-    "softcap": dict(softcap=3.0),
-    "both": dict(temperature=1.3, softcap=4.0),
-}
-every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+single_and_half = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch, request):
-    """So that small shapes are several tiles of the torch path and several blocks of the Triton path."""
+    """Split small shapes into several tiles of the torch path and several blocks of the Triton path."""
     monkeypatch.setattr(common, "_CPU_TILE", 300 // torch.get_num_threads())
     if "impl" in request.fixturenames and request.getfixturevalue("impl") == "triton":
         from rlhf_kernels import triton_rows
@@ -52,29 +46,29 @@ def results(function, logits, targets, dtype=None, *, device="cpu", **options) -
 
 
 @pytest.fixture
-def check(impl, device, judge):
-    """Compares an implementation with the definition on these inputs."""
+def check(impl, device, assert_accurate):
+    """Compare an implementation with the definition on these inputs."""
 
     def check(logits, targets, **options):
         found = results(token_logprobs, logits, targets, device=device, entropy=True, impl=impl, **options)
         plain = results(reference, logits, targets, **options)
-        judge(found, plain, results(reference, logits, targets, torch.float64, **options), logits.dtype)
+        assert_accurate(found, plain, results(reference, logits, targets, torch.float64, **options), logits.dtype)
         return found
 
     return check
 
 
-@every_option
-def test_options(check, dtype, options):
-    check(*draw(4, 70, dtype=dtype), **options)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_temperatures(check, dtype, temperature):
+    check(*draw(4, 70, dtype=dtype), temperature=temperature)
 
 
 @pytest.mark.parametrize(
     "shape", [(5,), (0, 5), (1, 1), (1, 7), (5, 1), (20, 2), (3, 127), (2, 300), (2, 3, 33), (2, 0, 3), (2, 1, 2, 9)]
 )
-def test_odd_shapes(check, dtype, shape):
-    """One row without a batch, no rows, one symbol, whole and broken blocks, more than one leading dimension."""
-    check(*draw(*shape, dtype=dtype))
+def test_odd_shapes(check, shape):
+    """One row without a batch, no rows, one token, whole and partial blocks, more than one leading dimension."""
+    check(*draw(*shape, dtype=torch.float32))
 
 
 def test_by_hand(impl, device):
@@ -95,7 +89,7 @@ def test_by_hand(impl, device):
 
 
 def test_a_vocabulary_of_one_symbol_is_certain(impl, device):
-    """log 1 = 0, entropy 0, and nothing to learn, exactly."""
+    """Log-prob, entropy and gradient are exactly 0."""
     found = results(token_logprobs, *draw(5, 1, dtype=torch.float32), device=device, entropy=True, impl=impl)
     assert all((value == 0).all() for value in found.values())
 
@@ -103,13 +97,13 @@ def test_a_vocabulary_of_one_symbol_is_certain(impl, device):
 # --------------------------------------------------------------------------------------------------------------- masks
 
 
-@every_option
-def test_masked_rows_are_not_read(check, dtype, options):
+@single_and_half
+def test_masked_rows_are_not_read(check, dtype):
     logits, targets = draw(4, 2, 40, dtype=dtype)
     mask = torch.rand(4, 2, generator=torch.Generator().manual_seed(1)) < 0.5
     spoiled = torch.tensor([math.nan, math.inf, -math.inf], dtype=dtype)
     logits[~mask], targets[~mask] = spoiled[torch.arange(int((~mask).sum())) % 3, None], -100
-    found = check(logits, targets, mask=mask, **options)
+    found = check(logits, targets, mask=mask, temperature=0.7)
     assert all((value[~mask] == 0).all() for value in found.values())
 
 
@@ -119,7 +113,7 @@ def test_few_rows_all_rows_no_rows(check, kept):
 
 
 def test_a_row_without_gradient_is_not_read_again(impl, device):
-    """A loss that multiplies by 0 where it should have masked gets 0 there, not 0 times infinity."""
+    """Its gradient is 0, not 0 times infinity."""
     logits, targets = draw(3, 70, dtype=torch.float32)
     logits[1, 4] = math.nan
     leaf = logits.to(device).requires_grad_()
@@ -177,20 +171,20 @@ def test_strides_do_not_matter(impl, device, how, inplace):
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
 
 
-def test_offsets_beyond_32_bits(impl, device, judge):
-    """Two rows 2^31 elements apart, in memory of which all but the two is never touched."""
+def test_offsets_beyond_32_bits(impl, device, assert_accurate):
+    """Two rows 2^31 elements apart, in memory of which only these rows are accessed."""
     logits, targets = draw(2, 40, dtype=torch.bfloat16)
     room = torch.empty(2**31 + 40, dtype=torch.bfloat16, device=device)
     far = room.as_strided((2, 40), (2**31, 1))
     far.copy_(logits)
     plain, truth = (results(reference, logits, targets, dtype) for dtype in (torch.bfloat16, torch.float64))
     found = results(token_logprobs, far, targets, device=device, entropy=True, impl=impl)
-    judge(found, plain, truth, torch.bfloat16)
+    assert_accurate(found, plain, truth, torch.bfloat16)
     # And written there.
     targets, temperature = targets.to(device), torch.ones((), dtype=torch.float64)
-    _, entropies, stats = _forward(far, targets, None, temperature, None, True, True, impl)
+    _, entropies, stats = _forward(far, targets, None, temperature, True, True, impl)
     gradients = torch.tensor([-1.0, 2.0], device=device)
-    _backward_inplace(far, gradients, gradients.cos(), targets, None, entropies, stats, temperature, None, impl)
+    _backward_inplace(far, gradients, gradients.cos(), targets, None, entropies, stats, temperature, impl)
     torch.testing.assert_close(far.cpu(), found["gradient"], rtol=0, atol=0)
 
 
@@ -208,7 +202,7 @@ def test_a_confident_row_still_learns(impl, device, dtype):
 
 
 def test_a_hopeless_target_and_huge_logits(impl, device, dtype):
-    """Logits of +-1e4 (exact in every dtype but bfloat16, which says 9984): no overflow, log p = -2e4 or so, exactly.
+    """Logits of +-1e4 (exact in every dtype but bfloat16, where they are 9984): no overflow, log p about -2e4.
 
     Row 0: target far below, log p = -20000, gradient (-1, 1). Row 1: the same, but likely: 0 and gradient 0.
     Row 2: a tie at 1e4: -ln 2 and (1/2, -1/2). Row 3: a tie at -1e4.
@@ -233,9 +227,9 @@ def test_a_large_common_offset_costs_nothing(impl, device, dtype):
         torch.testing.assert_close(high[name], low[name], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("options", [{}, dict(temperature=0.7)], ids=["plain", "temperature"])
-def test_logits_of_minus_infinity(check, dtype, options):
-    """Ruled out here and there, for a whole block of 32, and all but one."""
+def test_logits_of_minus_infinity(check, dtype):
+    """Single tokens excluded, a whole block of 32, and all tokens but one."""
+    options = dict(temperature=0.7)
     logits, targets = draw(4, 100, dtype=dtype)
     logits[0, ::3], logits[1, :40], logits[2, 32:], logits[3] = -math.inf, -math.inf, -math.inf, -math.inf
     targets[0], targets[1], targets[2], targets[3] = 1, 50, 5, 70
@@ -243,7 +237,7 @@ def test_logits_of_minus_infinity(check, dtype, options):
     found = check(logits, targets, **options)
     assert found["logprobs"][3] == found["entropies"][3] == 0
     assert (found["gradient"][logits == -math.inf] == 0).all()
-    targets[0] = 0  # never: log 0
+    targets[0] = 0  # excluded: log 0
     assert results(token_logprobs, logits, targets, entropy=True, **options)["logprobs"][0] == -math.inf
 
 
@@ -256,18 +250,8 @@ def test_what_is_not_a_number_stays_in_its_row(impl, device):
         assert value[[0, 4]].isfinite().all()
 
 
-def test_a_saturated_softcap(impl, device):
-    """Logits of +-1e4 under softcap 2 are +-2, with a flat tanh: log p = -ln(1 + e^-4), and no gradient, not NaN."""
-    logits = torch.tensor([[1e4, -1e4]])
-    found = results(
-        token_logprobs, logits, torch.tensor([0]), device=device, entropy=True, softcap=2.0, impl=impl
-    )  # fmt: skip
-    assert found["logprobs"].item() == pytest.approx(-math.log1p(math.exp(-4)), abs=1e-7)
-    assert (found["gradient"] == 0).all()
-
-
 def test_a_target_outside_the_vocabulary(impl, device):
-    """The CPU raises; a GPU cannot without waiting for the answer, and reads nothing that is not its own."""
+    """An error on the CPU. On a GPU, where that would need a synchronization, NaN, and no read out of bounds."""
     logits, _ = draw(3, 70, dtype=torch.float32)
     targets = torch.tensor([-1, 70, 5], device=device)
     if impl == "torch":
@@ -282,12 +266,11 @@ def test_a_target_outside_the_vocabulary(impl, device):
 # ------------------------------------------------------------------------------------------------------------ autograd
 
 
-@every_option
-def test_gradcheck(impl, device, options):
+def test_gradcheck(impl, device):
     logits, targets = draw(3, 5, spread=1.0)
     mask = torch.tensor([True, False, True], device=device)
     assert torch.autograd.gradcheck(
-        lambda x: token_logprobs(x, targets.to(device), mask=mask, entropy=True, impl=impl, **options),
+        lambda x: token_logprobs(x, targets.to(device), mask=mask, temperature=0.7, entropy=True, impl=impl),
         logits.to(device).requires_grad_(),
     )
 
@@ -303,7 +286,7 @@ def test_a_second_derivative_is_refused(impl, device):
 
 
 def test_the_entropy_is_there_when_asked_for(impl, device):
-    """It changes nothing for the log-probs, and can be used alone."""
+    """It does not change the log-probs, and can be differentiated alone."""
     logits, targets = (x.to(device) for x in draw(3, 5))
     logits.requires_grad_()
     logprobs, entropies = token_logprobs(logits, targets, entropy=True, impl=impl)
@@ -329,10 +312,10 @@ def computed(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return leaf, leaf + 0
 
 
-@every_option
+@single_and_half
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
-def test_in_place_is_the_same_gradient(impl, device, dtype, options, masked):
-    """And it lies where the logits were."""
+def test_in_place_is_the_same_gradient(impl, device, dtype, masked):
+    """It is written over the logits."""
     logits, targets = (x.to(device) for x in draw(3, 40, dtype=dtype))
     mask = torch.tensor([True, False, True], device=device) if masked else None
     gradients = []
@@ -341,7 +324,7 @@ def test_in_place_is_the_same_gradient(impl, device, dtype, options, masked):
         places = []
         result.register_hook(lambda gradient, places=places: places.append(gradient.data_ptr()))
         logprobs, entropies = token_logprobs(
-            result, targets, mask=mask, entropy=True, inplace_backward=inplace, impl=impl, **options
+            result, targets, mask=mask, temperature=0.7, entropy=True, inplace_backward=inplace, impl=impl
         )
         (logprobs.sum() + 2 * entropies.sum()).backward()
         assert (places == [result.data_ptr()]) == inplace
@@ -356,8 +339,8 @@ def test_a_leaf_is_not_overwritten(impl, device):
         token_logprobs(logits.requires_grad_(), targets, inplace_backward=True, impl=impl)
 
 
-def test_whoever_else_saved_the_logits_is_told(impl, device):
-    """Their values are gone when the other's backward comes; and so they are for a second backward."""
+def test_another_backward_of_the_logits_is_an_error(impl, device):
+    """Their values are overwritten when another operation's backward, or a second one of this, needs them."""
     logits, targets = (x.to(device) for x in draw(3, 5))
     _, result = computed(logits)
     other = result.square().sum()
@@ -372,24 +355,22 @@ def test_whoever_else_saved_the_logits_is_told(impl, device):
 # ------------------------------------------------------------------------------------------------------------- compiled
 
 
-@pytest.mark.parametrize("options", [{}, dict(softcap=3.0, entropy=True, masked=True)], ids=["plain", "everything"])
-def test_opcheck(options):
+@pytest.mark.parametrize("everything", [False, True], ids=["plain", "everything"])
+def test_opcheck(everything):
     logits, targets = draw(2, 3, 7, dtype=torch.float32)
-    mask = torch.arange(6).view(2, 3) < 4 if options.get("masked") else None
+    mask = torch.arange(6).view(2, 3) < 4 if everything else None
     temperature = torch.tensor(0.7, dtype=torch.float64)
-    softcap, entropy = options.get("softcap"), options.get("entropy", False)
-    inputs = (targets, mask, temperature, softcap, entropy, False, "torch")
+    inputs = (targets, mask, temperature, everything, False, "torch")
     torch.library.opcheck(_forward, (logits.clone().requires_grad_(), *inputs))
     logprobs, entropies, stats = _forward(logits, *inputs)
-    rowwise = (torch.ones_like(logprobs), torch.ones_like(logprobs) if entropy else None, targets, mask, entropies)
-    torch.library.opcheck(_backward, (logits, *rowwise, stats, temperature, softcap, "torch"))
-    torch.library.opcheck(_backward_inplace, (logits.clone(), *rowwise, stats, temperature, softcap, "torch"))
+    rowwise = (torch.ones_like(logprobs), torch.ones_like(logprobs) if everything else None, targets, mask, entropies)
+    torch.library.opcheck(_backward, (logits, *rowwise, stats, temperature, "torch"))
+    torch.library.opcheck(_backward_inplace, (logits.clone(), *rowwise, stats, temperature, "torch"))
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_whole_and_for_every_temperature_at_once(impl, device, backend):
-    """The first number is taken for a constant, the second shows that it is not; after that nothing is compiled."""
-    counter = CompileCounterWithBackend(backend)
+def test_compiled_whole_and_for_every_temperature_at_once(impl, device):
+    """The first temperature is compiled as a constant, the second as an input; after that nothing is compiled."""
+    counter = CompileCounterWithBackend("aot_eager")
 
     def loss(logits, targets, mask, temperature):
         logprobs, entropies = token_logprobs(
@@ -413,26 +394,22 @@ def test_compiled_whole_and_for_every_temperature_at_once(impl, device, backend)
 
 
 def test_the_kernels_compile_for_cuda(compile_for_cuda):
-    """By Triton's own compiler: what the interpreter lets pass it may not."""
+    """With Triton's own compiler, which rejects more than its interpreter."""
     out = compile_for_cuda(
         """
 from rlhf_kernels import token_logprobs
 from rlhf_kernels.token_logprobs import triton_kernel
 os.environ["TRITON_INTERPRET"] = "1"
-for dtype, vocabulary, softcap, masked, entropy in (
-    (torch.bfloat16, 32000, None, False, False),
-    (torch.bfloat16, 32000, None, True, True),
-    (torch.bfloat16, 32000, 30.0, False, False),
-    (torch.float16, 257, None, True, False),
-    (torch.float32, 257, 30.0, False, True),
-    (torch.float64, 32000, 30.0, True, True),
+for dtype, vocabulary, masked, entropy in (
+    (torch.bfloat16, 32000, False, False),
+    (torch.bfloat16, 32000, True, True),
+    (torch.float64, 257, True, False),
 ):
     leaf = torch.zeros(2, 3, vocabulary, dtype=dtype, requires_grad=True)
     mask = torch.ones(2, 3, dtype=torch.bool) if masked else None
     targets = torch.zeros(2, 3, dtype=torch.int64)
     logprobs, entropies = token_logprobs(
-        leaf[:, :, ::2] if vocabulary == 257 else leaf, targets, softcap=softcap, mask=mask, entropy=entropy,
-        impl="triton",
+        leaf[:, :, ::2] if vocabulary == 257 else leaf, targets, mask=mask, entropy=entropy, impl="triton",
     )
     (logprobs.sum() + entropies.sum() if entropy else logprobs.sum()).backward()
     if dtype == torch.bfloat16 and vocabulary == 32000:  # 128 bits at a time
@@ -441,7 +418,7 @@ for dtype, vocabulary, softcap, masked, entropy in (
 print(len(compiled_kernels))
 """
     )
-    assert int(out) == 12
+    assert int(out) == 6
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
@@ -462,22 +439,18 @@ class LargestTensor(TorchDispatchMode):
         return output
 
 
-@every_option
 @pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
-def test_no_tensor_larger_than_a_tile(options, entropy, masked):
-    """The torch path makes tiles of 300 symbols, six rows of 50. Beside them two numbers a row are the most."""
+def test_no_tensor_larger_than_a_tile(entropy, masked):
+    """The torch path allocates tiles of 300 tokens, six rows of 50, and otherwise at most two numbers per row."""
     logits, targets = draw(400, 50, dtype=torch.bfloat16)
     logits, targets = logits[None], targets[None]
     mask = (torch.arange(400) % 3 > 0)[None] if masked else None
-    temperature, softcap = options.get("temperature", 1.0), options.get("softcap")
     with LargestTensor(logits) as forward:
-        _, entropies, stats = torch_path.forward(logits, targets, mask, temperature, softcap, entropy)
+        _, entropies, stats = torch_path.forward(logits, targets, mask, 0.7, entropy)
     ones = torch.ones(1, 400)
     with LargestTensor(logits) as backward:
-        torch_path.backward(
-            logits, logits, ones, ones if entropy else None, targets, mask, entropies, stats, temperature, softcap
-        )
+        torch_path.backward(logits, logits, ones, ones if entropy else None, targets, mask, entropies, stats, 0.7)
     assert max(forward.elements, backward.elements) <= 2 * 400
 
 
@@ -496,7 +469,6 @@ def test_the_instrument_sees_the_definition():
     [
         (dict(temperature=0.0), "temperature=0.0: expected more than 0"),
         (dict(temperature=math.nan), "temperature=nan: expected more than 0"),
-        (dict(softcap=-1.0), "softcap=-1.0: expected more than 0, or None"),
         (dict(logits=torch.zeros(2, 0)), r"logits of shape \(2, 0\): expected \(..., V\) with V at least 1"),
         (dict(logits=torch.tensor(1.0)), r"logits of shape \(\): expected"),
         (dict(logits=torch.zeros(2, 3, dtype=torch.int64)), "logits.dtype=torch.int64: expected a floating dtype"),
@@ -517,8 +489,9 @@ def test_what_is_wrong_is_named(change, message):
 # ------------------------------------------------------------------------------------------------------------ in a loop
 
 
+@pytest.mark.slow
 def test_thirty_steps_of_training_are_the_same(impl, device):
-    """A table of bigrams learns a text by each implementation, in float64, and ends where the definition ends."""
+    """A table of bigrams that is trained on a text in float64 ends as with the definition."""
     text = torch.randint(12, (9,), generator=torch.Generator().manual_seed(0)).to(device)
     tables = []
     for function in (reference, lambda *inputs, **options: token_logprobs(*inputs, impl=impl, **options)):

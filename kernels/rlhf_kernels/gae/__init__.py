@@ -1,6 +1,8 @@
-"""Generalised advantage estimation over ragged rows, whitening included."""
+"""Generalised advantage estimation over ragged rows, with optional whitening."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,26 +24,30 @@ def gae(
     whiten: bool = False,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, eq. 16).
+    """Compute generalised advantage estimates (Schulman et al. 2016, arXiv:1506.02438, eq. 16).
 
         delta_t  = r_t + gamma * V_{t+1} - V_t
         A_t      = delta_t + gamma * lam * A_{t+1}
         return_t = A_t + V_t
 
-    Where t + 1 is the row's next True token: a hole in the mask is passed through.
+    Here t + 1 is the next True token of the row: holes in the mask are skipped.
 
     Args:
-        rewards, values: (B, T). values[:, t] is the state before token t. mask: (B, T) bool, any layout.
+        rewards: (B, T).
+        values: (B, T); values[:, t] is that of the state before token t.
+        mask: (B, T) bool, any layout.
         gamma, lam: 0 to 1.
         bootstrap: (B,) value of the state after the last True token; None is 0, the end of an episode.
-        whiten: bring the advantages to mean 0 and (biased) variance 1 over the mask.
-        impl: "auto", "torch" or "triton".
+        whiten: scale the advantages to mean 0 and (biased) variance 1 over the mask.
+        impl: "auto", "torch" or "triton"; see `rlhf_kernels.registry`.
 
     Returns:
-        advantages and returns, (B, T) float32 (float64 where an input is), 0 outside the mask, where the inputs are not
-        read. Constants of a loss: they have no derivative.
+        Advantages and returns, (B, T) float32 (float64 where an input is), 0 outside the mask, where the inputs are not
+        read. They have no derivative.
 
-    Raises ValueError for gamma or lam outside 0 to 1 and for shapes that do not agree.
+    Raises:
+        ValueError: for gamma or lam outside 0 to 1, and for shapes that do not agree.
+        RuntimeError: for an `impl` that cannot run here, and for a derivative.
     """
     for name, value in (("gamma", gamma), ("lam", lam)):
         if not 0 <= value <= 1:
@@ -73,18 +79,28 @@ def _gae(
     whiten: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return implementation("gae", impl).gae(
+    advantages, returns = implementation("gae", impl).gae(
         rewards, values, mask, gamma=gamma, lam=lam, bootstrap=bootstrap, whiten=whiten
     )
+    return advantages, returns
 
 
 @_gae.register_fake
-def _(rewards, values, mask, bootstrap, gamma, lam, whiten, impl):
-    dtype = common_dtype(rewards, values, bootstrap)
-    return tuple(rewards.new_empty(rewards.shape, dtype=dtype) for _ in range(2))
+def _(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    bootstrap: Tensor | None,
+    gamma: float,
+    lam: float,
+    whiten: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    advantages = rewards.new_empty(rewards.shape, dtype=common_dtype(rewards, values, bootstrap))
+    return advantages, torch.empty_like(advantages)
 
 
-def _refuse(ctx, *gradients):
+def _refuse(ctx: Any, *gradients: Tensor | None) -> None:
     raise RuntimeError("gae has no derivative; use rlhf_kernels.gae.reference.gae for one")
 
 

@@ -1,4 +1,4 @@
-"""The definition: from the last token back, one at a time. Slow on purpose; the tests compare with it."""
+"""The definition: a loop from the last token to the first. Slow; the tests compare with it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def gae(
     bootstrap: Tensor | None = None,
     whiten: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns, (B, T) float32 (float64 where an input is), 0 outside the mask.
+    """Return advantages and returns, (B, T) float32 (float64 where an input is), 0 outside the mask.
 
-    With t + 1 the row's next True token, and the value after its last one `bootstrap` (0 where None):
+    With t + 1 the next True token of the row, and `bootstrap` the value after its last one (0 for None):
 
         delta_t  = r_t + gamma * V_{t+1} - V_t
         A_t      = delta_t + gamma * lam * A_{t+1}
         return_t = A_t + V_t
 
-    `whiten` brings the advantages, and not the returns, to mean 0 and variance 1 over the mask.
+    `whiten` scales the advantages, and not the returns, to mean 0 and variance 1 over the mask.
     """
     dtype = common_dtype(rewards, values, bootstrap)
     next_value = rewards.new_zeros(len(rewards), dtype=dtype) if bootstrap is None else bootstrap.to(dtype)
@@ -42,12 +42,12 @@ def gae(
 
 
 def whitened(values: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) over the True places, whose variance is the biased one; 0 elsewhere."""
+    """Return (x - mean) / sqrt(variance + eps) over the mask, with the biased variance; 0 outside the mask."""
     count = mask.sum().clamp(min=1)
     centred = torch.where(mask, values - values.sum() / count, 0.0)
     return centred * torch.rsqrt(centred.square().sum() / count + eps)
 
 
 def common_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 where one of the tensors is, else float32."""
+    """Return float64 if one of the tensors is, otherwise float32."""
     return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32

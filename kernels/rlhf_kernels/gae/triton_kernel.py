@@ -1,12 +1,12 @@
-"""GAE in one launch of Triton: a program walks its rows from the last block of columns to the first.
+"""GAE in one Triton launch: each program computes its rows from the last block of columns to the first.
 
-The recursion is that of torch_path.py, an affine map a column; inside a block of columns the maps are composed by an
-associative scan, and from block to block one number a row is carried. Columns are loaded back to front and scanned
-forward, as scanning in reverse has been reported to go wrong for maps that do not commute.
+The recursion is that of torch_path.py, an affine map per column. Inside a block of columns the maps are composed by an
+associative scan; one number per row is carried from block to block. Columns are loaded back to front and scanned
+forward, because reverse scans have been reported to be wrong for maps that do not commute.
 
-Whitening needs every row. Each program leaves count, mean and sum of squared distances of its advantages; when all
-have, each combines all of these in the same order and whitens its own rows. On a GPU the programs wait for one another
-inside the launch, which is then a cooperative one (all of them resident, or the launch fails: no deadlock).
+Whitening needs every row. Each program writes count, mean and sum of squared distances of its advantages; when all have
+done so, each combines them in the same order and whitens its own rows. On a GPU the programs synchronize inside the
+launch, which is then cooperative: it fails if they cannot all be resident, so there is no deadlock.
 """
 
 import torch
@@ -17,11 +17,11 @@ from torch import Tensor
 from rlhf_kernels.gae.reference import common_dtype
 
 _BLOCK, _WARPS = 1024, 8
-# Programs a multiprocessor that wait for one another: four of eight warps with this many registers a thread always fit.
+# Programs per multiprocessor that synchronize: four of eight warps with this many registers per thread always fit.
 _RESIDENT, _REGISTERS = 4, 64
-_PARTS = 1024  # partial statistics that are combined at a time
+_PARTS = 1024  # partial statistics that are combined at once
 
-_ALL, _STATISTICS, _WHITEN = 0, 1, 2  # what a launch does: everything, or one half of it
+_ALL, _STATISTICS, _WHITEN = 0, 1, 2  # phases of a launch: everything, or one half of it
 
 _arrivals: dict[tuple[int, int], Tensor] = {}
 
@@ -36,12 +36,11 @@ def gae(
     bootstrap: Tensor | None = None,
     whiten: bool = False,
     launches: int | None = None,
-    programs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.gae` on CUDA, or on the CPU under Triton's interpreter.
+    """Compute `reference.gae` on CUDA, or on the CPU under Triton's interpreter.
 
-    `launches` 1 or 2 and the number of `programs` concern whitening alone, and are for tests and benchmarks: one launch
-    by default, two on the CPU, where the interpreter runs one program after another and several cannot wait.
+    `launches`, 1 or 2, applies to whitening and is for tests and benchmarks. The default is 1 on CUDA and 2 on the CPU,
+    where the interpreter runs one program after another, so that several cannot synchronize.
     """
     rows, columns = rewards.shape
     dtype = common_dtype(rewards, values, bootstrap)
@@ -52,8 +51,7 @@ def gae(
     on_cuda = rewards.device.type == "cuda"
     if launches is None:
         launches = 1 if on_cuda or not whiten else 2
-    if programs is None:
-        programs = rows if not whiten else min(rows, _resident_programs(rewards.device))
+    programs = min(rows, _resident_programs(rewards.device)) if whiten else rows
     partials = torch.empty(3, programs if whiten else 0, dtype=dtype, device=rewards.device)
     arrived = _arrival_counter(rewards.device) if whiten and launches == 1 else None
     block = min(_BLOCK, triton.next_power_of_2(columns))
@@ -96,10 +94,10 @@ def _resident_programs(device: torch.device) -> int:
 
 
 def _arrival_counter(device: torch.device) -> Tensor:
-    """One int64 in which the programs of a launch count one another; any value is a good one to begin with.
+    """Return an int64 counter with which the programs of a launch synchronize; its initial value does not matter.
 
-    Kept for each stream, whose launches never overlap, to spare every call the filling of a new one. A captured graph
-    may be replayed beside the stream it was captured on, so it gets its own.
+    Cached per stream, whose launches never overlap. A captured graph may be replayed on another stream, so it gets its
+    own.
     """
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int64, device=device)
@@ -111,16 +109,16 @@ def _arrival_counter(device: torch.device) -> Tensor:
 
 @triton.jit
 def _composed(slope, offset, next_slope, next_offset):
-    """x -> next_slope * (slope * x + offset) + next_offset."""
+    """Return the composition x -> next_slope * (slope * x + offset) + next_offset."""
     return slope * next_slope, next_slope * offset + next_offset
 
 
 @triton.jit
 def _wait_for_all(arrived):
-    """Return when every program of the launch has come here.
+    """Return when every program of the launch has called this.
 
-    Together they add 2^32 to `arrived`: its upper half moves once, with the last of them, and the lower half ends where
-    it began.
+    Together they add 2^32 to `arrived`: its upper half changes once, by the last of them, and its lower half ends where
+    it started.
     """
     tl.debug_barrier()  # all threads of this program have written
     programs = tl.num_programs(0).to(tl.int64)
@@ -171,9 +169,9 @@ def _gae_kernel(
         squares = tl.zeros((), number)
         for index in range(program, rows, programs):
             row = tl.cast(index, tl.int64)
-            handed_on = tl.zeros((), number)  # u of the block to the right
+            carried = tl.zeros((), number)  # u of the block to the right
             if HAS_BOOTSTRAP:
-                handed_on += gamma * tl.load(bootstrap + row * bootstrap_stride).to(number)
+                carried += gamma * tl.load(bootstrap + row * bootstrap_stride).to(number)
             for block in range(0, tl.cdiv(columns, BLOCK)):
                 t = columns - 1 - block * BLOCK - lanes  # back to front
                 t = t.to(tl.int64)
@@ -181,25 +179,25 @@ def _gae_kernel(
                 here = tl.load(mask + row * mask_row_stride + t * mask_stride, mask=inside, other=0) != 0
                 reward = tl.load(rewards + row * rewards_row_stride + t * rewards_stride, mask=here, other=0.0)
                 value = tl.load(values + row * values_row_stride + t * values_stride, mask=here, other=0.0)
-                # The scan runs one column to the right of what it serves, since a return takes u of the next column.
-                # The first lane stands beyond the block, whose u is `handed_on`: its map changes nothing.
+                # The scan is shifted by one column to the right, because a return needs u of the next column. The first
+                # lane is beyond the block, whose u is `carried`: its map is the identity.
                 s = t + 1
-                later = inside & (lanes > 0)
-                there = tl.load(mask + row * mask_row_stride + s * mask_stride, mask=later, other=0) != 0
-                pay = tl.load(rewards + row * rewards_row_stride + s * rewards_stride, mask=there, other=0.0)
-                worth = tl.load(values + row * values_row_stride + s * values_stride, mask=there, other=0.0)
-                offset = tl.where(there, value_share * worth.to(number) + decay * pay.to(number), 0.0)
+                shifted = inside & (lanes > 0)
+                there = tl.load(mask + row * mask_row_stride + s * mask_stride, mask=shifted, other=0) != 0
+                next_reward = tl.load(rewards + row * rewards_row_stride + s * rewards_stride, mask=there, other=0.0)
+                next_value = tl.load(values + row * values_row_stride + s * values_stride, mask=there, other=0.0)
+                offset = tl.where(there, value_share * next_value.to(number) + decay * next_reward.to(number), 0.0)
                 slope = tl.where(there, decay, tl.full((), 1.0, number))
                 slope, offset = tl.associative_scan((slope, offset), 0, _composed)
-                handed = slope * handed_on + offset
-                gained = reward.to(number) + handed
+                later = slope * carried + offset
+                gained = reward.to(number) + later
                 advantage = tl.where(here, gained - value.to(number), 0.0)
                 place = row * columns + t
                 tl.store(returns + place, tl.where(here, gained, 0.0), mask=inside)
                 tl.store(advantages + place, advantage, mask=inside)
-                # u of this block's own first column, the last lane's.
-                mine = tl.where(here, value_share * value.to(number) + decay * gained, handed)
-                handed_on = tl.sum(tl.where(lanes == BLOCK - 1, mine, 0.0), 0)
+                # u of the first column of this block, which is the last lane.
+                u = tl.where(here, value_share * value.to(number) + decay * gained, later)
+                carried = tl.sum(tl.where(lanes == BLOCK - 1, u, 0.0), 0)
                 if WHITEN:
                     here_count = tl.sum(here.to(number), 0)
                     here_mean = tl.sum(advantage, 0) / tl.maximum(here_count, 1.0)

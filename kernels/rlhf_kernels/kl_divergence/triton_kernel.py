@@ -1,4 +1,4 @@
-"""The Triton path: KL and entropy in one read of both sides, Jensen-Shannon in two; backward one read and one write."""
+"""The Triton implementation: KL and entropy in one read of both logits, Jensen-Shannon in two; backward in one."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ LOG_TWO = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _centre(block):
-    """The largest logit of a block, or 0 where there is none above -inf."""
+    """Return the largest logit of a block, or 0 where all are -inf."""
     peak = tl.max(block, 0)
     return tl.where(peak == float("-inf"), 0.0, peak)
 
 
 @triton.jit
 def _mixture_gaps(p, q, log_p, log_q):
-    """log(p / m) and log(q / m) with m = (p + q) / 2, each 0 where its own numerator is.
+    """Return log(p / m) and log(q / m) with m = (p + q) / 2, each 0 where its numerator is.
 
     With d = log(p / q), log(p / m) = log 2 - log(1 + exp(-d)): no cancellation where p is near q.
     """
@@ -44,7 +44,6 @@ def _mixture_gaps(p, q, log_p, log_q):
 def _forward_kernel(
     policy,
     reference,
-    mask,
     divergence,
     entropies,
     stats,
@@ -59,15 +58,11 @@ def _forward_kernel(
     reference_stride,
     inverse_temperature: tl.float64,
     KIND: tl.constexpr,
-    HAS_MASK: tl.constexpr,
     ENTROPY: tl.constexpr,
     REAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
-    if HAS_MASK:  # noqa: SIM102 (without one the pointer is None)
-        if tl.load(mask + row) == 0:
-            return
     scale = tl.full([], inverse_temperature, REAL)
     p_row = policy + row_offset(row, inner, policy_outer, policy_inner)
     q_row = reference + row_offset(row, inner, reference_outer, reference_inner)
@@ -81,15 +76,15 @@ def _forward_kernel(
     cross = tl.zeros([BLOCK], REAL)  # sum of e (z_p - z_q - offset), e the p's or the q's
     p_block = load_block(p_row, columns, vocabulary, policy_stride, REAL)
     q_block = load_block(q_row, columns, vocabulary, reference_stride, REAL)
-    # Logits mean the same with any constant added: what the two sides differ by is taken out first.
+    # A constant added to all logits changes nothing, so the difference of the two sides is taken out first.
     offset = _centre(p_block) - _centre(q_block)
     for start in range(0, vocabulary, BLOCK):
-        # The next blocks are on their way while these are added.
+        # Load the next blocks while these are added.
         p_following = load_block(p_row, start + BLOCK + columns, vocabulary, policy_stride, REAL)
         q_following = load_block(q_row, start + BLOCK + columns, vocabulary, reference_stride, REAL)
         p_peak, p_total, weighted, p_e, p_factor = fold(p_block, p_peak, p_total, weighted, scale, ENTROPY)
         q_peak, q_total, _, q_e, q_factor = fold(q_block, q_peak, q_total, q_total, scale, False)
-        # An infinite sum stays one, unless its probabilities fade to 0; 0 log 0 = 0.
+        # An infinite sum stays infinite unless its probabilities become 0; 0 log 0 = 0.
         if KIND == "reverse":
             cross = tl.where(p_factor > 0, cross * p_factor, 0.0)
             cross += tl.where(p_e > 0, p_e * (p_block - q_block - offset), 0.0)
@@ -125,7 +120,6 @@ def _forward_kernel(
         from_p = tl.sum(p_sums, 0)
         from_q = tl.sum(q_sums, 0)
         tl.store(stats + 4 * rows.to(tl.int64) + row, from_p)
-        tl.store(stats + 5 * rows.to(tl.int64) + row, from_q)
         tl.store(divergence + row, (from_p + from_q) / 2)
     else:
         log_ratio = (p_peak - q_peak - offset) * scale + tl.log(p_sum / q_sum)  # of the two normalisers
@@ -139,11 +133,9 @@ def _forward_kernel(
 def _backward_kernel(
     policy,
     reference,
-    grad_policy,
-    grad_reference,
+    gradients,
     grad_divergence,
     grad_entropies,
-    mask,
     divergence,
     entropies,
     stats,
@@ -159,9 +151,7 @@ def _backward_kernel(
     reference_stride,
     inverse_temperature: tl.float64,
     KIND: tl.constexpr,
-    HAS_MASK: tl.constexpr,
     ENTROPY: tl.constexpr,
-    BOTH: tl.constexpr,
     REAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -169,15 +159,12 @@ def _backward_kernel(
     row = program // blocks
     columns = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < vocabulary
-    out = row.to(tl.int64) * vocabulary + columns  # gradients are contiguous
+    out = row.to(tl.int64) * vocabulary + columns  # the gradient is contiguous
 
     live = tl.load(grad_divergence + row) != 0
     if ENTROPY:
         live |= tl.load(grad_entropies + row) != 0
-    if HAS_MASK:
-        live &= tl.load(mask + row) != 0
-    p_gradient = tl.zeros([BLOCK], REAL)
-    q_gradient = tl.zeros([BLOCK], REAL)
+    gradient = tl.zeros([BLOCK], REAL)
     if live:
         scale = tl.full([], inverse_temperature, REAL)
         many = rows.to(tl.int64)
@@ -191,44 +178,37 @@ def _backward_kernel(
         q = tl.exp(log_q)
         g = tl.load(grad_divergence + row) * scale
         if KIND == "js":
-            p_gap, q_gap = _mixture_gaps(p, q, log_p, log_q)
-            p_gradient = 0.5 * g * p * (p_gap - tl.load(stats + 4 * many + row))
-            q_gradient = 0.5 * g * q * (q_gap - tl.load(stats + 5 * many + row))
+            p_gap, _ = _mixture_gaps(p, q, log_p, log_q)
+            gradient = 0.5 * g * p * (p_gap - tl.load(stats + 4 * many + row))
+        elif KIND == "reverse":
+            gradient = g * p * (tl.where(p > 0, log_p - log_q, 0.0) - tl.load(divergence + row))
         else:
-            mean = tl.load(divergence + row)
-            if KIND == "reverse":
-                p_gradient = g * p * (tl.where(p > 0, log_p - log_q, 0.0) - mean)
-                q_gradient = g * (q - p)
-            else:
-                p_gradient = g * (p - q)
-                q_gradient = g * q * (tl.where(q > 0, log_q - log_p, 0.0) - mean)
+            gradient = g * (p - q)
         if ENTROPY:
             h = tl.load(grad_entropies + row) * scale
-            p_gradient -= h * p * (tl.maximum(log_p, LOG_ZERO) + tl.load(entropies + row))
-    tl.store(grad_policy + out, p_gradient.to(grad_policy.dtype.element_ty), mask=inside)
-    if BOTH:
-        tl.store(grad_reference + out, q_gradient.to(grad_reference.dtype.element_ty), mask=inside)
+            gradient -= h * p * (tl.maximum(log_p, LOG_ZERO) + tl.load(entropies + row))
+    tl.store(gradients + out, gradient.to(gradients.dtype.element_ty), mask=inside)
 
 
 def forward(
-    policy: Tensor, reference: Tensor, mask: Tensor | None, temperature: float, kind: str, entropy: bool
+    policy: Tensor, reference: Tensor, temperature: float, kind: str, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(outer, inner) divergences of (outer, inner, V) rows, as many entropies (none where not wanted), and statistics.
+    """Return (outer, inner) divergences of (outer, inner, V) rows, entropies (empty if not wanted), and statistics.
 
-    The statistics are (4 or 6, outer * inner): for policy and reference each row's largest logit and log sum over v of
-    exp((z_v - largest) / temperature); for "js" also KL(p || m) and KL(q || m).
+    The statistics are (4 or 5, outer * inner): for policy and reference each row's largest logit and
+    log sum_v exp((z_v - largest) / temperature); for "js" also KL(p || m).
     """
     outer, inner, vocabulary = policy.shape
     real = torch.promote_types(torch.promote_types(policy.dtype, reference.dtype), torch.float32)
     divergence = policy.new_zeros((outer, inner), dtype=real)
     entropies = policy.new_zeros((outer, inner) if entropy else 0, dtype=real)
-    stats = policy.new_zeros((6 if kind == "js" else 4, outer * inner), dtype=real)
+    stats = policy.new_zeros((5 if kind == "js" else 4, outer * inner), dtype=real)
     if outer * inner:
         with on_device(policy):
             _forward_kernel[(outer * inner,)](
-                policy, reference, mask, divergence, entropies, stats, outer * inner, vocabulary, inner,
-                *policy.stride(), *reference.stride(), 1 / temperature, KIND=kind, HAS_MASK=mask is not None,
-                ENTROPY=entropy, REAL=real_type(real), **block_options(vocabulary),
+                policy, reference, divergence, entropies, stats, outer * inner, vocabulary, inner, *policy.stride(),
+                *reference.stride(), 1 / temperature, KIND=kind, ENTROPY=entropy, REAL=real_type(real),
+                **block_options(vocabulary),
             )  # fmt: skip
     return divergence, entropies, stats
 
@@ -236,26 +216,23 @@ def forward(
 def backward(
     policy: Tensor,
     reference: Tensor,
-    grad_policy: Tensor,
-    grad_reference: Tensor | None,
+    out: Tensor,
     grad_divergence: Tensor,
     grad_entropies: Tensor | None,
-    mask: Tensor | None,
     divergence: Tensor,
     entropies: Tensor,
     stats: Tensor,
     temperature: float,
     kind: str,
 ) -> None:
-    """Writes the gradients, contiguous (outer, inner, V); see torch_path for what they are."""
+    """Write the gradient of the policy's logits into `out`, contiguous (outer, inner, V); see torch_path."""
     outer, inner, vocabulary = policy.shape
     options = block_options(vocabulary)
     blocks = triton.cdiv(vocabulary, options["BLOCK"])
     if outer * inner:
         with on_device(policy):
             _backward_kernel[(outer * inner * blocks,)](
-                policy, reference, grad_policy, grad_reference, grad_divergence, grad_entropies, mask, divergence,
-                entropies, stats, outer * inner, vocabulary, blocks, inner, *policy.stride(), *reference.stride(),
-                1 / temperature, KIND=kind, HAS_MASK=mask is not None, ENTROPY=grad_entropies is not None,
-                BOTH=grad_reference is not None, REAL=real_type(stats.dtype), **options,
+                policy, reference, out, grad_divergence, grad_entropies, divergence, entropies, stats, outer * inner,
+                vocabulary, blocks, inner, *policy.stride(), *reference.stride(), 1 / temperature, KIND=kind,
+                ENTROPY=grad_entropies is not None, REAL=real_type(stats.dtype), **options,
             )  # fmt: skip

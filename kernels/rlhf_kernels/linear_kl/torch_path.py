@@ -1,4 +1,4 @@
-"""The rows of a block of two heads in plain torch: tiles that stay in the cache, each worked on in place."""
+"""The torch implementation of a block of rows of two heads: tiles that stay in the cache, computed in place."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rlhf_kernels.linear_logprobs.blocks import HeadOptions, blocks
 from rlhf_kernels.linear_logprobs.torch_path import block_rows, new_block, temper
 from rlhf_kernels.linear_logprobs.torch_path import project as project_without_bias
 
-__all__ = ["block_rows", "fold", "gradients", "new_block", "project"]
+__all__ = ["block_rows", "fold", "gradient", "new_block", "project"]
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out = hidden @ weight.T + bias"""
+    """Compute out = hidden @ weight.T + bias."""
     if bias is None:
         project_without_bias(hidden, weight, out=out)
     elif out.dtype == hidden.dtype:
@@ -26,32 +26,34 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
 
 
 def fold(
-    logits: list[Tensor],
+    policy: Tensor,
+    reference: Tensor,
     options: HeadOptions,
     kind: str,
     divergences: Tensor,
     entropies: Tensor | None,
     stats: Tensor,
-    wanted: tuple[bool, bool],
+    *,
+    want_gradient: bool,
 ) -> None:
-    """Divergences and entropies of blocks of logits of both heads, which are used up.
+    """Compute divergences and entropies of blocks of logits of both heads, and overwrite the blocks.
 
-    A block whose gradient is wanted becomes the gradient of its row's divergence to z (`HeadOptions`), times the
-    derivative of the tanh. With p, q the distributions, a = p log(p / q), A its sum over the row, m = (p + q) / 2:
+    Where a gradient is wanted, the policy's block becomes the derivative of its row's divergence with respect to z (see
+    `HeadOptions`), times that of the tanh. With p and q the distributions and m = (p + q) / 2:
 
-        reverse, A            to policy a - p A, to reference q - p            forward: the same, p and q changed about
-        js, (A_p + A_q) / 2   to policy (a_p - p A_p) / 2 with a_p = p log(p / m), to reference likewise with q
+        reverse    p (log(p / q) - KL(p || q))
+        forward    p - q
+        js         p (log(p / m) - KL(p || m)) / 2
     """
-    policy, reference = logits
     size = tile_rows(policy[None])
     scratch = policy.new_empty(4, min(size, len(policy)), policy.shape[1])
     for rows in blocks(len(policy), size):
         p, q, p_gap, q_gap = scratch[:, : rows.stop - rows.start]
-        tiles = (policy[rows], reference[rows])
-        slopes = [temper(z, None, options, want_slope=want) for z, want in zip(tiles, wanted, strict=True)]
-        for log_probs, probs in zip(tiles, (p, q), strict=True):
-            _log_softmax_(log_probs, probs)
-        log_p, log_q = tiles
+        log_p, log_q = policy[rows], reference[rows]
+        derivative = temper(log_p, None, options, want_slope=want_gradient)
+        temper(log_q, None, options, want_slope=False)
+        _log_softmax_(log_p, p)
+        _log_softmax_(log_q, q)
         if entropies is not None:
             entropies[rows] = -torch.linalg.vecdot(p, torch.clamp(log_p, min=LOG_ZERO, out=p_gap))
         if kind == "js":
@@ -61,40 +63,37 @@ def fold(
             p_sum = _weigh_(torch.clamp(d, max=0, out=p_gap).add_(middle), p)
             q_sum = _weigh_(torch.clamp(d, min=0, out=q_gap).neg_().add_(middle), q)
             divergences[rows] = (p_sum + q_sum)[:, 0] / 2
-            if wanted[0]:
+            if want_gradient:
                 torch.addcmul(p_gap, p, p_sum, value=-1, out=log_p).div_(2)
-            if wanted[1]:
-                torch.addcmul(q_gap, q, q_sum, value=-1, out=log_q).div_(2)
-        else:
-            first, second = (0, 1) if kind == "reverse" else (1, 0)
-            probs = (p, q)
-            total = _weigh_(torch.sub(tiles[first], tiles[second], out=p_gap), probs[first])
+        elif kind == "reverse":
+            total = _weigh_(torch.sub(log_p, log_q, out=p_gap), p)
             divergences[rows] = total[:, 0]
-            if wanted[first]:
-                torch.addcmul(p_gap, probs[first], total, value=-1, out=tiles[first])
-            if wanted[second]:
-                torch.sub(probs[second], probs[first], out=tiles[second])
-        for z, slope in zip(tiles, slopes, strict=True):
-            if slope is not None:
-                z.mul_(slope)
+            if want_gradient:
+                torch.addcmul(p_gap, p, total, value=-1, out=log_p)
+        else:
+            divergences[rows] = _weigh_(torch.sub(log_q, log_p, out=q_gap), q)[:, 0]
+            if want_gradient:
+                torch.sub(p, q, out=log_p)
+        if derivative is not None:
+            log_p.mul_(derivative)
 
 
-def gradients(
-    logits: list[Tensor],
-    outs: list[Tensor],
+def gradient(
+    policy: Tensor,
+    reference: Tensor,
     options: HeadOptions,
     kind: str,
     divergences: Tensor,
     stats: Tensor,
-    gradient: Tensor,
-    wanted: tuple[bool, bool],
-) -> list[tuple[Tensor, Tensor]]:
-    """The gradients to both blocks of logits, and their rows' coefficients; the blocks are what `fold` left."""
-    return [(block, gradient * options.slope) for block in logits]
+    grad_divergences: Tensor,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient of the policy's logits as a block and a coefficient per row; the block is that of `fold`."""
+    return policy, grad_divergences * options.slope
 
 
 def _log_softmax_(z: Tensor, probs: Tensor) -> None:
-    """z becomes log softmax(z), `probs` softmax(z)."""
+    """Turn z into log softmax(z) in place, and write softmax(z) into `probs`."""
     z.sub_(z.amax(-1, keepdim=True))
     total = torch.exp(z, out=probs).sum(-1, keepdim=True)
     probs.div_(total)
@@ -102,5 +101,5 @@ def _log_softmax_(z: Tensor, probs: Tensor) -> None:
 
 
 def _weigh_(gap: Tensor, probs: Tensor) -> Tensor:
-    """gap becomes probs * gap, where 0 times anything is 0. Returns its sum over each row, (r, 1)."""
+    """Multiply gap by probs in place, with 0 where probs is 0, and return the sum of each row, (r, 1)."""
     return gap.masked_fill_(probs == 0, 0).mul_(probs).sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The loop over blocks of rows that every linear op here is made of, and what a block needs from its head.
+"""Blocks of rows, checks and gradients that the operations on an LM head share. Each loops over blocks:
 
 logits = hidden @ weight.T           a block of rows, in one buffer that all blocks use
 block  -> log-probs, gradient        `torch_path` or `triton_kernel`, in place
@@ -25,12 +25,12 @@ class HeadOptions(NamedTuple):
 
     @property
     def slope(self) -> float:
-        """d z / d (hidden @ weight.T), but for the tanh."""
+        """The derivative d z / d (hidden @ weight.T) without that of the tanh."""
         return self.scale / self.temperature
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: str = "") -> None:
-    """Raises ValueError unless hidden (M, H), weight (V, H) and bias (V,) make a head of one dtype on one device."""
+    """Raise ValueError unless hidden (M, H), weight (V, H) and bias (V,) fit, with one dtype and on one device."""
     for name, x in ((f"{prefix}hidden", hidden), (f"{prefix}weight", weight)):
         if x.dim() != 2 or not x.is_floating_point():
             raise ValueError(f"{name} of shape {tuple(x.shape)} and {x.dtype}: expected a matrix of a floating dtype")
@@ -51,36 +51,31 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: s
 
 
 def check_options(scale: float, softcap: float | None) -> None:
-    """Raises ValueError for what `HeadOptions` cannot mean."""
+    """Raise ValueError for a scale that is not finite and a softcap that is not positive."""
     if not abs(scale) < float("inf"):
         raise ValueError(f"scale={scale}: expected a finite number")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap={softcap}: expected more than 0, or None")
 
 
-def live_rows(mask: Tensor | None, *per_row: Tensor | None) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The rows of the mask as indices, and the tensors cut down to them; everything as it is where mask is None."""
-    if mask is None:
-        return None, list(per_row)
-    index = mask.nonzero().squeeze(-1)
-    return index, [None if x is None else x.index_select(0, index) for x in per_row]
-
-
-def all_rows(index: Tensor | None, x: Tensor, num_rows: int) -> Tensor:
-    """Undoes `live_rows`: rows of x put back among zeros."""
-    return x if index is None else x.new_zeros(num_rows, *x.shape[1:]).index_copy_(0, index, x)
+def check_targets(targets: Tensor, hidden: Tensor) -> None:
+    """Raise ValueError unless `targets` is (M,) int64."""
+    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(
+            f"targets of shape {tuple(targets.shape)} and {targets.dtype}: expected ({len(hidden)},) of torch.int64"
+        )
 
 
 def blocks(num_rows: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size` rows that cover them all."""
+    """Yield slices of at most `size` rows that cover all rows."""
     for start in range(0, num_rows, size):
         yield slice(start, min(start + size, num_rows))
 
 
 class Gradients:
-    """d hidden, d weight and d bias of one head, gathered block by block; a part that is not wanted stays empty.
+    """The gradients of hidden, weight and bias of one head, summed over blocks; empty where not wanted.
 
-    Sums over many blocks are kept in float32 whatever the model's dtype.
+    Sums over blocks are in float32 whatever the dtype of the model.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, bool, bool]):
@@ -92,10 +87,10 @@ class Gradients:
         self.bias = weight.new_zeros(weight.shape[:1] if wants_bias else (0,), dtype=real)
 
     def add(self, rows: slice, gradient: Tensor, coefficients: Tensor | None) -> None:
-        """Of loss to logits, a block: gradient (r, V), each row of it times its coefficient where there are any.
+        """Add a block: the gradient of its logits, (r, V), each row times its coefficient if there are any.
 
-        The coefficients go to the small side of each product, d hidden's rows and the hidden rows, which spares a pass
-        over the block. Where the model is of half precision they are multiplied in before the block is rounded to it.
+        The coefficients are applied to the small side of each product, the rows of d hidden and of hidden, which saves
+        a pass over the block. For half precision they are applied before the block is rounded.
         """
         hidden, weight, _ = self.inputs
         wants_hidden, wants_weight, wants_bias = self.wanted
@@ -106,7 +101,8 @@ class Gradients:
             else:
                 self.bias += gradient.sum(0, dtype=self.bias.dtype)
         if gradient.dtype != hidden.dtype:
-            gradient, coefficients = torch.mul(gradient, coefficients[:, None]).to(hidden.dtype), None
+            scaled = gradient if coefficients is None else torch.mul(gradient, coefficients[:, None])
+            gradient, coefficients = scaled.to(hidden.dtype), None
         if wants_hidden:
             torch.mm(gradient, weight, out=self.hidden[rows])
             if coefficients is not None:
@@ -118,10 +114,10 @@ class Gradients:
                 self.weight.addmm_(gradient.T, hidden)
             elif gradient.is_cuda and torch.version.cuda:
                 torch.addmm(self.weight, gradient.T, hidden, out_dtype=self.weight.dtype, out=self.weight)
-            else:  # a product in half precision would round every block's share
+            else:  # a product in half precision would round each block's part
                 self.weight.addmm_(gradient.T.to(self.weight.dtype), hidden.to(self.weight.dtype))
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        """d hidden, d weight, d bias, in the dtypes of their inputs."""
+        """Return the gradients of hidden, weight and bias, in the dtypes of the inputs."""
         _, weight, bias = self.inputs
         return self.hidden, self.weight.to(weight.dtype), self.bias if bias is None else self.bias.to(bias.dtype)

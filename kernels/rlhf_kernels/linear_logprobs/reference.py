@@ -1,4 +1,4 @@
-"""The definition: everything at once, in plain torch. Slow and large on purpose; the tests compare with it."""
+"""The definition in plain torch, without blocks. Slow and large; the tests compare with it."""
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ def linear_logprobs(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """log p(target) and the entropy of softmax(logits / temperature), both (M,) float32 (float64 stays float64).
+    """Return log p(target) and the entropy of softmax(logits / temperature), both (M,) float32 (or float64).
 
     logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap), or without the tanh where softcap is None.
     """
@@ -29,7 +29,7 @@ def linear_logprobs(
 def head_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, scale: float = 1.0, softcap: float | None = None
 ) -> Tensor:
-    """A head's logits, (M, V), in float32 or float64."""
+    """Return the logits of a head, (M, V), in float32 or float64."""
     logits = F.linear(hidden, weight, bias)
     logits = (logits if logits.dtype == torch.float64 else logits.float()) * scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)

@@ -1,4 +1,4 @@
-"""The rows of a block in plain torch: tiles that stay in the cache, each worked on in place."""
+"""The torch implementation of a block of rows: tiles that stay in the cache, computed in place."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from rlhf_kernels.linear_logprobs.blocks import HeadOptions, blocks
 
 
 def block_rows(weight: Tensor) -> int:
-    """Rows of a block. Fewer starve the matrix products, more cost memory and leave the cache."""
+    """Return the rows of a block. Fewer make the matrix products slow, more take memory and leave the cache."""
     return 512 if weight.shape[0] <= 1 << 15 else 256
 
 
 def new_block(num_rows: int, weight: Tensor) -> Tensor:
-    """Room for logits, in float32 or float64, and in place of them for what becomes of them."""
+    """Allocate a block for logits, in float32 or float64, which `fold` overwrites."""
     return weight.new_empty(num_rows, weight.shape[0], dtype=real_dtype(weight.dtype))
 
 
 def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out = hidden @ weight.T"""
+    """Compute out = hidden @ weight.T."""
     if out.dtype == hidden.dtype:
         torch.mm(hidden, weight.T, out=out)
     else:
@@ -28,7 +28,7 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def temper(z: Tensor, bias: Tensor | None, options: HeadOptions, *, want_slope: bool) -> Tensor | None:
-    """Turns a tile of hidden @ weight.T into z (see `HeadOptions`) in place. Returns 1 - tanh^2, if wanted and any."""
+    """Turn a tile of hidden @ weight.T into z (see `HeadOptions`) in place; return 1 - tanh^2 if there is a softcap."""
     if bias is not None:
         z += bias
     if options.softcap is None:
@@ -52,11 +52,11 @@ def fold(
     *,
     want_gradient: bool,
 ) -> None:
-    """Log-probs and entropies of a block of hidden @ weight.T, which is used up.
+    """Compute log-probs and entropies of a block of hidden @ weight.T, and overwrite the block.
 
-    `stats`, (2, r), receives each row's largest z, and total = sum over v of e_v = exp(z_v - largest). Where a
-    gradient is wanted, the block becomes (e_v - 1[v = target] total) (1 - tanh^2), which is -total times
-    d log p / d z, formed in full precision: 1 - p survives p near 1.
+    `stats`, (2, r), receives each row's largest z and total = sum_v e_v, e_v = exp(z_v - largest). Where a gradient is
+    wanted, the block becomes (e_v - 1[v = target] total) (1 - tanh^2), which is -total times d log p / d z. It is
+    computed in full precision, so that 1 - p is exact for p near 1.
     """
     for rows in blocks(len(block), tile_rows(block[None])):
         z, index = block[rows], targets[rows, None]
@@ -86,5 +86,5 @@ def gradient(
     grad_logprobs: Tensor,
     out: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient to hidden @ weight.T as a block and its rows' coefficients; the block is what `fold` left."""
+    """Return the gradient of hidden @ weight.T as a block and a coefficient per row; the block is that of `fold`."""
     return block, grad_logprobs * (-options.slope / stats[1])

@@ -1,7 +1,7 @@
-"""The rows of a block in Triton: the matrix products stay with the vendor's library, a kernel does what is between.
+"""The Triton implementation of a block of rows: matrix products by the vendor's library, kernels for the rest.
 
-A block of logits, in the model's dtype, is read once for its statistics, and read and written once to become its own
-gradient. Blocks are large, so that reading and writing d weight (in float32, once a block) is small beside them.
+A block of logits, in the dtype of the model, is read once for its statistics, and read and written once to become its
+gradient. Blocks are large, so that reading and writing d weight (in float32, once per block) is small in comparison.
 """
 
 import torch
@@ -17,17 +17,17 @@ _BLOCK_ROWS = 4096
 
 
 def block_rows(weight: Tensor) -> int:
-    """Rows of a block."""
+    """Return the rows of a block."""
     return _BLOCK_ROWS
 
 
 def new_block(num_rows: int, weight: Tensor) -> Tensor:
-    """Room for logits, in the model's dtype, and in place of them for their gradient."""
+    """Allocate a block for logits, in the dtype of the model, and then for their gradient."""
     return weight.new_empty(num_rows, weight.shape[0])
 
 
 def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out = hidden @ weight.T"""
+    """Compute out = hidden @ weight.T."""
     torch.mm(hidden, weight.T, out=out)
 
 
@@ -42,9 +42,9 @@ def fold(
     *,
     want_gradient: bool,
 ) -> None:
-    """Log-probs and entropies of a block of hidden @ weight.T, which stays as it is.
+    """Compute log-probs and entropies of a block of hidden @ weight.T, which is not changed.
 
-    `stats`, (2, r), receives each row's largest z, and sum over v of exp(z_v - largest).
+    `stats`, (2, r), receives each row's largest z and sum_v exp(z_v - largest).
     """
     if len(block):
         with on_device(block):
@@ -64,7 +64,7 @@ def gradient(
     grad_logprobs: Tensor,
     out: Tensor,
 ) -> tuple[Tensor, None]:
-    """The gradient to hidden @ weight.T, written into `out`, which may be the block itself."""
+    """Write the gradient of hidden @ weight.T into `out`, which may be the block itself."""
     vocabulary = block.shape[1]
     launch = block_options(vocabulary)
     blocks = triton.cdiv(vocabulary, launch["BLOCK"])
@@ -79,7 +79,7 @@ def gradient(
 
 
 def _scalars(options: HeadOptions) -> dict[str, float]:
-    """What z is made with: tanh(logit * inner) * outer, or logit * inner where there is no softcap."""
+    """Return the factors of z = tanh(logit * inner) * outer, or z = logit * inner without a softcap."""
     if options.softcap is None:
         return dict(inner=options.slope, outer=1.0)
     return dict(inner=options.scale / options.softcap, outer=options.softcap / options.temperature)
@@ -87,7 +87,7 @@ def _scalars(options: HeadOptions) -> dict[str, float]:
 
 @triton.jit
 def _temper(x, inner, outer, HAS_SOFTCAP: tl.constexpr, REAL: tl.constexpr):
-    """z (see `HeadOptions`) of logits without scale."""
+    """Return z (see `HeadOptions`) for logits without scale."""
     z = x * inner
     if HAS_SOFTCAP:
         z = tanh(z, REAL) * outer
@@ -130,10 +130,10 @@ def _fold_kernel(
     row_total = tl.sum(total, 0)
     log_total = tl.log(row_total)
     target = tl.load(targets + row)
-    known = (target >= 0) & (target < vocabulary)  # NaN for a target that is none: nothing can be raised here
-    x = tl.load(logits + row * stride + target, mask=known, other=float("nan")).to(REAL)
+    valid = (target >= 0) & (target < vocabulary)  # NaN for an invalid target: a kernel cannot raise an error
+    x = tl.load(logits + row * stride + target, mask=valid, other=float("nan")).to(REAL)
     if HAS_BIAS:
-        x += tl.load(bias + target, mask=known, other=0.0).to(REAL)
+        x += tl.load(bias + target, mask=valid, other=0.0).to(REAL)
     chosen = _temper(x, inner, outer, HAS_SOFTCAP, REAL)
     tl.store(logprobs + row, (chosen - peak) - log_total)
     tl.store(peaks + row, peak)
@@ -174,7 +174,7 @@ def _gradient_kernel(
     z = _temper(x, tl.full([], inner, REAL), outer, HAS_SOFTCAP, REAL)
     total = tl.load(totals + row)
     e = tl.exp(z - tl.load(peaks + row))
-    # 1[v = target] - p_v times total, so that 1 - p is formed before anything is rounded to the model's dtype.
+    # (1[v = target] - p_v) times total, so that 1 - p is computed before rounding to the dtype of the model.
     distance = tl.where(columns == tl.load(targets + row), total - e, -e)
     gradient = distance * (tl.load(grads + row).to(REAL) * tl.full([], slope, REAL) / total)
     if HAS_SOFTCAP:

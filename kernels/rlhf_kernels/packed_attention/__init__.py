@@ -1,4 +1,4 @@
-"""Attention over a packed stream: a token sees its own stretch so far, and the prefix that the stretch continues."""
+"""Attention over a packed stream: a token attends to its own sequence so far, and to the prefix that it continues."""
 
 from __future__ import annotations
 
@@ -19,25 +19,28 @@ def packed_attention(
     *,
     scale: float | None = None,
     sliding_window: int | None = None,
-    softcap: float | None = None,
     dropout: float = 0.0,
     impl: str | None = None,
 ) -> Tensor:
-    """softmax(c * tanh(scale * query @ key^T / c), where visible) @ value; without a softcap c no tanh.
+    """Compute softmax(scale * query @ key^T, where visible) @ value.
 
     Args:
-        query: (1, heads, N, D). key: (1, K, N, D), the K key-value heads a divisor of `heads`. value: (1, K, N, E).
-        layout: which keys each query sees, see `Layout`.
+        query: (1, heads, N, D).
+        key: (1, K, N, D), with a number K of key-value heads that divides `heads`.
+        value: (1, K, N, E).
+        layout: which keys each query attends to, see `Layout`.
         scale: None is 1 / sqrt(D).
-        sliding_window: a token sees itself and the sliding_window - 1 before it, counted along its own sequence.
-        dropout: of the attention weights; impl "torch" alone has it.
-        impl: "auto", "torch" (a loop over the layout's groups) or "triton" (flex_attention, one kernel; on the CPU its
-            forward alone).
+        sliding_window: a token attends to itself and the sliding_window - 1 tokens before it in its own sequence.
+        dropout: probability of dropping an attention weight; only in "torch".
+        impl: "auto", "torch" (a loop over the layout's groups) or "triton" (flex_attention, one kernel; on the CPU only
+            its forward).
 
     Returns:
         (1, heads, N, E) in the query's dtype, with gradients to query, key and value.
 
-    Raises ValueError for shapes that do not fit, and RuntimeError where impl "triton" cannot do what is asked.
+    Raises:
+        ValueError: for shapes that do not fit and a window below 1.
+        RuntimeError: for an `impl` that cannot run here or does not support the arguments.
     """
     if query.ndim != 4 or len(query) != 1:
         raise ValueError(f"query of shape {tuple(query.shape)}: expected (1, heads, N, D)")
@@ -51,11 +54,11 @@ def packed_attention(
         raise ValueError(f"value of shape {tuple(value.shape)}: expected {tuple(key.shape[:-1])} and its own size")
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window={sliding_window}: expected 1 or more, or None")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap={softcap}: expected more than 0, or None")
-    # Imported up there, as torch.compile can import nothing while it traces.
-    torch_alone = choose("packed_attention", query.device, impl) == "torch"
-    path = torch_path if torch_alone else implementation("packed_attention", "triton")
-    return path.packed_attention(
-        query, key, value, layout, scale=scale, sliding_window=sliding_window, softcap=softcap, dropout=dropout
+    if choose("packed_attention", query.device, impl) == "torch":  # not imported here: torch.compile cannot trace that
+        return torch_path.packed_attention(
+            query, key, value, layout, scale=scale, sliding_window=sliding_window, dropout=dropout
+        )
+    output: Tensor = implementation("packed_attention", "triton").packed_attention(
+        query, key, value, layout, scale=scale, sliding_window=sliding_window, dropout=dropout
     )
+    return output

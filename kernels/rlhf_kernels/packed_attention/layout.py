@@ -1,4 +1,4 @@
-"""What a packed stream's layout must hold, and what each of its tokens may see."""
+"""The layout of a packed stream, and the keys that each of its tokens attends to."""
 
 from __future__ import annotations
 
@@ -10,48 +10,60 @@ from torch import Tensor
 
 
 class Group(Protocol):
-    """Stretches of the stream that are attended together: query i of a row sees keys 0 .. prefix + i of that row.
+    """Ranges of the stream that share an attention call: query i of a row attends to keys 0 .. prefix + i of that row.
 
-    A single stretch that sees itself alone is given by `span`. Otherwise `queries` (G, L) and `keys` (G, prefix + L)
-    hold stream positions: first a stretch of `prefix` tokens, then the queries themselves. Rows shorter than L repeat
-    their last token.
+    A single range without a prefix is given by `span`. Otherwise `queries` (G, L) and `keys` (G, prefix + L) are stream
+    positions: a prefix, then the queries themselves. Rows shorter than L repeat their last token.
     """
 
-    prefix: int
-    span: tuple[int, int] | None
-    queries: Tensor | None
-    keys: Tensor | None
+    @property
+    def prefix(self) -> int: ...
+    @property
+    def span(self) -> tuple[int, int] | None: ...
+    @property
+    def queries(self) -> Tensor | None: ...
+    @property
+    def keys(self) -> Tensor | None: ...
 
 
 class Layout(Protocol):
-    """Every token of the stream is a query of one group. `restore` (N,) puts the concatenated outputs of all groups
-    back into stream order; None where they already are.
+    """Groups in which every token of the stream is a query once.
 
-    What is made once a layout is kept in its `__dict__`, so a layout must not change.
+    `restore` (N,) indexes the concatenated outputs of all groups in stream order; None where they are in that order.
+    Block masks are cached in the `__dict__` of a layout, so a layout must not change.
     """
 
-    groups: Sequence[Group]
-    restore: Tensor | None
+    @property
+    def groups(self) -> Sequence[Group]: ...
+    @property
+    def restore(self) -> Tensor | None: ...
+
+
+def group_positions(group: Group) -> tuple[Tensor, Tensor]:
+    """Return the stream positions of queries and keys of a group without a span."""
+    if group.queries is None or group.keys is None:
+        raise ValueError("group of a layout: expected a span, or queries and keys")
+    return group.queries, group.keys
 
 
 class Ranges(NamedTuple):
-    """A query t sees keys own_start[t] .. t and prefix_start[t] .. prefix_end[t] - 1; each (N,) int32."""
+    """Query t attends to keys own_start[t] .. t and prefix_start[t] .. prefix_end[t] - 1; each field (N,) int32."""
 
     own_start: Tensor
     prefix_start: Tensor
     prefix_end: Tensor
 
     def visible(self, query: Tensor, key: Tensor) -> Tensor:
-        """bool, of the common shape of the indices `query` and `key`."""
+        """Return whether queries attend to keys, bool of the common shape of the indices `query` and `key`."""
         own = (key >= self.own_start[query]) & (key <= query)
         return own | ((key >= self.prefix_start[query]) & (key < self.prefix_end[query]))
 
 
 def visible_ranges(layout: Layout, num_tokens: int, device: torch.device, sliding_window: int | None) -> Ranges:
-    """The two ranges of every token, without waiting for the device.
+    """Return the two ranges of every token, without a device synchronization.
 
-    A window counts positions along the token's own sequence: the prefix, then its stretch. It sees the token itself and
-    the `sliding_window - 1` before it.
+    A window counts positions of the token's own sequence, which starts with the prefix: the token itself and the
+    `sliding_window - 1` before it.
     """
     own = torch.zeros(num_tokens, dtype=torch.int32)
     for group in layout.groups:
@@ -61,14 +73,15 @@ def visible_ranges(layout: Layout, num_tokens: int, device: torch.device, slidin
     prefix_start, prefix_end = torch.zeros_like(own), torch.zeros_like(own)
     for group in layout.groups:
         if group.span is None:
-            own[group.queries] = group.queries[:, :1].int().expand_as(group.queries)
+            queries, keys = group_positions(group)
+            own[queries] = queries[:, :1].int().expand_as(queries)
             if group.prefix:
-                starts = group.keys[:, :1].int().expand_as(group.queries)
-                prefix_start[group.queries] = starts
-                prefix_end[group.queries] = starts + group.prefix
+                starts = keys[:, :1].int().expand_as(queries)
+                prefix_start[queries] = starts
+                prefix_end[queries] = starts + group.prefix
     if sliding_window is not None:
         token = torch.arange(num_tokens, dtype=torch.int32, device=device)
-        # The window's first place, counted in the stream, were the prefix to stand right before the stretch.
+        # The first position of the window in the stream, if the prefix were directly before the token's own range.
         first = token - (sliding_window - 1)
         into_prefix = (first - own + prefix_end - prefix_start).clamp(min=0)
         prefix_start = torch.minimum(prefix_start + into_prefix, prefix_end)

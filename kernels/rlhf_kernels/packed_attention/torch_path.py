@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_kernels.packed_attention.layout import Layout
+from rlhf_kernels.packed_attention.layout import Layout, group_positions
 
 
 def packed_attention(
@@ -20,11 +20,10 @@ def packed_attention(
     *,
     scale: float | None,
     sliding_window: int | None,
-    softcap: float | None,
     dropout: float,
 ) -> Tensor:
-    """`reference.packed_attention`, and attention dropout."""
-    options = dict(scale=scale, dropout_p=dropout, enable_gqa=query.shape[1] != key.shape[1])
+    """Compute `reference.packed_attention`, with dropout of the attention weights."""
+    shared_heads = query.shape[1] != key.shape[1]
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
     outputs = []
     for group in layout.groups:
@@ -32,13 +31,13 @@ def packed_attention(
             start, end = group.span
             q, k, v = (x[None, start:end] for x in (query, key, value))
         else:
-            q, k, v = _rows(query, group.queries), _rows(key, group.keys), _rows(value, group.keys)
+            queries, keys = group_positions(group)
+            q, k, v = _rows(query, queries), _rows(key, keys), _rows(value, keys)
         mask = _group_mask(group.prefix, q.shape[1], sliding_window, q.device)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if softcap is None:
-            output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **options)
-        else:
-            output = _softcapped(q, k, v, mask, scale, softcap, dropout)
+        output = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=shared_heads
+        )
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     joined = torch.cat(outputs)
     joined = joined if layout.restore is None else joined.index_select(0, layout.restore)
@@ -46,29 +45,15 @@ def packed_attention(
 
 
 def _rows(stream: Tensor, positions: Tensor) -> Tensor:
-    """(N, heads, D) at (G, L) positions -> (G, L, heads, D)."""
-    return stream.index_select(0, positions.flatten()).unflatten(0, positions.shape)
+    """Return (G, L, heads, D) of an (N, heads, D) stream at (G, L) positions."""
+    return stream.index_select(0, positions.flatten()).view(*positions.shape, *stream.shape[1:])
 
 
 def _group_mask(prefix: int, length: int, window: int | None, device: torch.device) -> Tensor | None:
-    """(length, prefix + length) bool, or None where plain causality says it all."""
+    """Return a (length, prefix + length) bool mask, or None where it is the causal one."""
     if window is not None and window >= prefix + length:
         window = None
     if prefix == 0 and window is None:
         return None
     mask = torch.ones(length, prefix + length, dtype=torch.bool, device=device).tril(prefix)
     return mask if window is None else mask.triu(prefix - window + 1)
-
-
-def _softcapped(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, softcap: float, dropout: float
-) -> Tensor:
-    """What scaled_dot_product_attention has no option for; the softmax is in float32 (float64 for float64)."""
-    if mask is None:
-        mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-    key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
-    scores = query @ key.mT
-    scores = scores if scores.dtype == torch.float64 else scores.float()
-    scores = softcap * torch.tanh(scores * ((query.shape[-1] ** -0.5 if scale is None else scale) / softcap))
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-    return F.dropout(weights, dropout).to(value.dtype) @ value

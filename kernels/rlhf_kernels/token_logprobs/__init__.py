@@ -1,6 +1,8 @@
-"""Log-probs of chosen tokens, and entropies, from logits that are already there: one read forward, one backward."""
+"""Log-probs of given tokens, and entropies, from existing logits: one read forward, one read and one write backward."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from rlhf_kernels.common import (
     real_dtype,
     refuse_second_derivative,
     rowwise,
+    rowwise_or_none,
 )
 from rlhf_kernels.registry import choose, implementation
 
@@ -24,50 +27,51 @@ def token_logprobs(
     targets: Tensor,
     *,
     temperature: float = 1.0,
-    softcap: float | None = None,
     mask: Tensor | None = None,
     entropy: bool = False,
     inplace_backward: bool = False,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """log p(target) under softmax(z / temperature), with z = softcap * tanh(logits / softcap), or z = logits.
+    """Compute log p(target) under softmax(logits / temperature).
 
     Args:
-        logits: (..., V), of any floating dtype and any strides; -inf rules a token out. targets: (...) int64, each at
-            least 0 and below V (on CUDA nothing can be raised without waiting: there the log-prob is NaN).
-        mask: (...) bool, the rows that count. The others are not read, whatever they hold, and give 0.
-        entropy: also return the distribution's entropy in nats, with its gradient.
-        inplace_backward: the gradient is written over the logits, which saves memory as large as they are. Their
-            values are lost then, so they must have no other reader after the backward (autograd raises for what it
-            saved itself, and for a second backward; no one can see a look of your own). Under torch.compile it does
-            nothing: there the compiler decides what is reused.
+        logits: (..., V), of any floating dtype and any strides; -inf excludes a token.
+        targets: (...) int64, each at least 0 and below V. On CUDA an invalid target gives NaN: raising an error would
+            need a device synchronization.
+        temperature: more than 0.
+        mask: (...) bool, the rows to compute. The others are not read and give 0.
+        entropy: also return the entropy of the distribution in nats, with its gradient.
+        inplace_backward: write the gradient over the logits, which saves a tensor of their size. The logits must not be
+            read after the backward pass. Autograd raises an error if it saved them for another operation, or for a
+            second backward pass; other reads cannot be detected. No effect under torch.compile, where the compiler
+            decides which memory is reused.
         impl: "auto", "torch" or "triton"; see `rlhf_kernels.registry`.
 
     Returns:
         (...) log-probs, float32 (float64 for float64 logits), and (...) entropies or None.
 
-    Raises ValueError for shapes, dtypes, a temperature or a softcap out of range, and for `inplace_backward` on logits
-    that cannot be overwritten; RuntimeError for an impl that cannot run here, and for a second derivative.
+    Raises:
+        ValueError: for invalid shapes, dtypes or temperature, and for `inplace_backward` on logits that cannot be
+            overwritten.
+        RuntimeError: for an `impl` that cannot run here, and for a second derivative.
     """
     check_logits(logits)
     check_rows(targets, logits, torch.int64, name="targets")
     if mask is not None:
         check_rows(mask, logits, torch.bool, name="mask")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap={softcap}: expected more than 0, or None")
     inplace = inplace_backward and logits.requires_grad and not torch.compiler.is_compiling()
     if inplace:
         _check_overwritable(logits)
     impl = choose("token_logprobs", logits.device, impl)
     logprobs, entropies, _ = _forward(
-        logits, targets, mask, host_scalar(temperature, name="temperature"), softcap, entropy, inplace, impl
+        logits, targets, mask, host_scalar(temperature, name="temperature"), entropy, inplace, impl
     )
     return logprobs, entropies if entropy else None
 
 
 def _check_overwritable(logits: Tensor) -> None:
     if logits.is_leaf:  # its .grad would be the leaf itself
-        raise ValueError("inplace_backward=True, but the logits are a leaf: only what was computed can be overwritten")
+        raise ValueError("inplace_backward=True, but the logits are a leaf: expected the result of an operation")
     if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
         raise ValueError(f"inplace_backward=True, but logits of stride {logits.stride()} share their memory (expanded)")
 
@@ -78,23 +82,29 @@ def _forward(
     targets: Tensor,
     mask: Tensor | None,
     temperature: Tensor,
-    softcap: float | None,
     entropy: bool,
     inplace_backward: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs (...), entropies (...) or (0,), and statistics (2, ...) that Triton's backward wants."""
+    """Return log-probs (...), entropies (...) or (0,), and the statistics (2, ...) of the Triton backward."""
     (rows,) = as_rows(logits)
-    targets, mask = rowwise(rows, targets, mask)
     logprobs, entropies, stats = implementation("token_logprobs", impl).forward(
-        rows, targets, mask, temperature.item(), softcap, entropy
+        rows, rowwise(rows, targets), rowwise_or_none(rows, mask), temperature.item(), entropy
     )
     shape = logits.shape[:-1]
     return logprobs.view(shape), entropies.view(shape) if entropy else entropies, stats
 
 
 @_forward.register_fake
-def _(logits, targets, mask, temperature, softcap, entropy, inplace_backward, impl):
+def _(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    entropy: bool,
+    inplace_backward: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     shape, dtype = logits.shape[:-1], real_dtype(logits.dtype)
     return (
         logits.new_empty(shape, dtype=dtype),
@@ -113,21 +123,27 @@ def _backward(
     entropies: Tensor,
     stats: Tensor,
     temperature: Tensor,
-    softcap: float | None,
     impl: str,
 ) -> Tensor:
-    """The gradient to the logits, contiguous."""
+    """Return the gradient of the logits, contiguous."""
     (rows,) = as_rows(logits)
     gradient = logits.new_empty(logits.shape)
-    per_row = rowwise(rows, grad_logprobs, grad_entropies, targets, mask, entropies)
     implementation("token_logprobs", impl).backward(
-        rows, gradient.view(rows.shape), *per_row, stats, temperature.item(), softcap
+        rows,
+        gradient.view(rows.shape),
+        rowwise(rows, grad_logprobs),
+        rowwise_or_none(rows, grad_entropies),
+        rowwise(rows, targets),
+        rowwise_or_none(rows, mask),
+        rowwise(rows, entropies),
+        stats,
+        temperature.item(),
     )
     return gradient
 
 
 @_backward.register_fake
-def _(logits, *others):
+def _(logits: Tensor, *others: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
@@ -141,44 +157,53 @@ def _backward_inplace(
     entropies: Tensor,
     stats: Tensor,
     temperature: Tensor,
-    softcap: float | None,
     impl: str,
 ) -> None:
-    """The gradient to the logits, over the logits."""
+    """Write the gradient of the logits over the logits."""
     (rows,) = as_rows(logits)
-    per_row = rowwise(rows, grad_logprobs, grad_entropies, targets, mask, entropies)
-    implementation("token_logprobs", impl).backward(rows, rows, *per_row, stats, temperature.item(), softcap)
-    if rows.data_ptr() != logits.data_ptr():  # strides that are no rows: the work was done on a copy
+    implementation("token_logprobs", impl).backward(
+        rows,
+        rows,
+        rowwise(rows, grad_logprobs),
+        rowwise_or_none(rows, grad_entropies),
+        rowwise(rows, targets),
+        rowwise_or_none(rows, mask),
+        rowwise(rows, entropies),
+        stats,
+        temperature.item(),
+    )
+    if rows.data_ptr() != logits.data_ptr():  # `as_rows` had to copy
         logits.copy_(rows.view(logits.shape))
 
 
 @_backward_inplace.register_fake
-def _(logits, *others):
+def _(logits: Tensor, *others: Any) -> None:
     return None
 
 
-def _setup_context(ctx, inputs, output):
-    logits, targets, mask, temperature, softcap, entropy, inplace_backward, impl = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, targets, mask, temperature, entropy, ctx.inplace, ctx.impl = inputs
     _, entropies, stats = output
     ctx.save_for_backward(logits, targets, mask, entropies, stats, temperature)
-    ctx.options, ctx.inplace = (softcap, impl), inplace_backward
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*([stats] if entropy else [entropies, stats]))
 
 
-def _differentiate(ctx, grad_logprobs, grad_entropies, _):
+def _differentiate(
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropies: Tensor | None, _: None
+) -> tuple[Tensor | None, ...]:
     logits, targets, mask, entropies, stats, temperature = ctx.saved_tensors
-    if grad_logprobs is None and grad_entropies is None:
-        return (None,) * 8
     if grad_logprobs is None:
+        if grad_entropies is None:
+            return (None,) * 7
         grad_logprobs = torch.zeros_like(grad_entropies)
-    arguments = (grad_logprobs, grad_entropies, targets, mask, entropies, stats, temperature, *ctx.options)
-    if ctx.inplace and not torch.is_grad_enabled():  # a graph of the backward would hold what is overwritten
+    arguments = (grad_logprobs, grad_entropies, targets, mask, entropies, stats, temperature, ctx.impl)
+    if ctx.inplace and not torch.is_grad_enabled():  # a graph of the backward would save what is overwritten
         _backward_inplace(logits, *arguments)
         gradient = logits.detach()
     else:
         gradient = _backward(logits, *arguments)
-    return gradient, *[None] * 7
+    return gradient, *[None] * 6
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)

@@ -1,17 +1,17 @@
-"""The torch path: tiles of rows that stay in the cache, so that log_softmax writes there and not to fresh memory."""
+"""The torch implementation: tiles of rows that stay in the cache, so that log_softmax writes no new memory."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from rlhf_kernels.common import LOG_ZERO, capped_slope, clear_rows, read_tile, real_dtype, tile_buffers, tiles
+from rlhf_kernels.common import LOG_ZERO, clear_rows, read_tile, real_dtype, tile_buffers, tiles
 
 
 def forward(
-    rows: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, softcap: float | None, entropy: bool
+    rows: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(outer, inner) log-probs of (outer, inner, V) rows, as many entropies (none where not wanted), no statistics."""
+    """Return (outer, inner) log-probs of (outer, inner, V) rows, entropies (empty if not wanted), no statistics."""
     real = real_dtype(rows.dtype)
     logprobs = rows.new_zeros(rows.shape[:2], dtype=real)
     entropies = rows.new_zeros(rows.shape[:2] if entropy else 0, dtype=real)
@@ -19,7 +19,7 @@ def forward(
     if mask is not None:
         targets = torch.where(mask, targets, 0)
     for place in tiles(rows, mask):
-        x = read_tile(rows, place, temperature, softcap, logits)
+        x = read_tile(rows, place, temperature, logits)
         all_logprobs = torch.log_softmax(x, -1, out=tile[: len(x)])
         logprobs[place] = all_logprobs.gather(-1, targets[place][:, None]).squeeze(-1)
         if entropy:
@@ -42,14 +42,12 @@ def backward(
     entropies: Tensor,
     stats: Tensor,
     temperature: float,
-    softcap: float | None,
 ) -> None:
-    """Writes the gradient to the logits into `out`, (outer, inner, V) like the rows, or the rows themselves.
+    """Write the gradient of the logits into `out`, (outer, inner, V) like the rows, or the rows themselves.
 
-    With p = softmax(z / temperature), H the entropy, g and h the gradients to log-prob and entropy:
+    With z = logits / temperature, p = softmax(z), H the entropy, g and h the gradients of log-prob and entropy:
 
-        d / dz_v = (g (1[v = target] - p_v) - h p_v (log p_v + H)) / temperature
-        d / dlogit_v = d / dz_v (1 - tanh^2(logit_v / softcap))
+        d / dz_v = g (1[v = target] - p_v) - h p_v (log p_v + H)
 
     A row outside the mask, or whose g and h are 0, gets 0 and is not read.
     """
@@ -62,7 +60,7 @@ def backward(
     clear_rows(out, live)
     logits, tile, weights = tile_buffers(rows, 3, grad_logprobs.dtype)
     for place in tiles(rows, live):
-        x = read_tile(rows, place, temperature, softcap, logits)
+        x = read_tile(rows, place, temperature, logits)
         direct = isinstance(place[1], slice) and out.dtype == tile.dtype and out is not rows
         gradient = torch.softmax(x, -1, out=out[place] if direct else tile[: len(x)])
         chosen = grad_logprobs[place][:, None] / temperature
@@ -72,10 +70,8 @@ def backward(
             surplus = torch.log_softmax(x, -1, out=weights[: len(x)]).clamp_(min=LOG_ZERO)
             surplus.add_(entropies[place][:, None]).mul_(grad_entropies[place][:, None] / temperature)
             gradient.mul_(surplus.add_(chosen).neg_())
-        # Added before anything is rounded: 1 - p survives p near 1.
+        # Added before rounding to the dtype of the logits, so that 1 - p is exact for p near 1.
         gradient.scatter_add_(-1, targets[place][:, None], chosen)
-        if softcap is not None:
-            gradient.mul_(capped_slope(x, temperature, softcap))
         if rows.device.type != "cpu":
             gradient.masked_fill_(~live[place][:, None], 0)
         if not direct:

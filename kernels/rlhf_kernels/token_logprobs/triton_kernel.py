@@ -1,4 +1,4 @@
-"""The Triton path: forward a program a row, one read; backward a program a block of a row, one read and one write."""
+"""The Triton implementation: forward one program per row, one read; backward one program per block of a row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from rlhf_kernels.triton_rows import (
     on_device,
     real_type,
     row_offset,
-    tanh,
 )
 
 
@@ -34,19 +33,16 @@ def _forward_kernel(
     stride_inner,
     stride_vocabulary,
     inverse_temperature: tl.float64,
-    softcap: tl.float64,
     HAS_MASK: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     REAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
-    if HAS_MASK:  # noqa: SIM102 (without one the pointer is None)
+    if HAS_MASK:  # noqa: SIM102 (without a mask the pointer is None)
         if tl.load(mask + row) == 0:
             return
     scale = tl.full([], inverse_temperature, REAL)
-    cap = tl.full([], softcap, REAL)
     pointer = logits + row_offset(row, inner, stride_outer, stride_inner)
     columns = tl.arange(0, BLOCK)
 
@@ -55,19 +51,14 @@ def _forward_kernel(
     weighted = tl.zeros([BLOCK], REAL)
     block = load_block(pointer, columns, vocabulary, stride_vocabulary, REAL)
     for start in range(0, vocabulary, BLOCK):
-        # The next block is on its way while this one is added.
+        # Load the next block while this one is added.
         following = load_block(pointer, start + BLOCK + columns, vocabulary, stride_vocabulary, REAL)
-        z = block
-        if HAS_SOFTCAP:
-            z = tl.where(start + columns < vocabulary, cap * tanh(z / cap, REAL), float("-inf"))
-        peak, total, weighted, _, _ = fold(z, peak, total, weighted, scale, ENTROPY)
+        peak, total, weighted, _, _ = fold(block, peak, total, weighted, scale, ENTROPY)
         block = following
 
     target = tl.load(targets + row)
-    known = (target >= 0) & (target < vocabulary)
-    chosen = tl.load(pointer + target * stride_vocabulary, mask=known, other=float("nan")).to(REAL)
-    if HAS_SOFTCAP:
-        chosen = cap * tanh(chosen / cap, REAL)
+    valid = (target >= 0) & (target < vocabulary)
+    chosen = tl.load(pointer + target * stride_vocabulary, mask=valid, other=float("nan")).to(REAL)
     sum_e = tl.sum(total, 0)
     log_total = tl.log(sum_e)
     tl.store(logprobs + row, (chosen - peak) * scale - log_total)
@@ -98,9 +89,7 @@ def _backward_kernel(
     out_stride_inner,
     out_stride_vocabulary,
     inverse_temperature: tl.float64,
-    softcap: tl.float64,
     HAS_MASK: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     REAL: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -121,32 +110,26 @@ def _backward_kernel(
         h = tl.load(grad_entropies + row)
     if live & ((g != 0) | (h != 0)):
         scale = tl.full([], inverse_temperature, REAL)
-        cap = tl.full([], softcap, REAL)
         pointer = logits + row_offset(row, inner, stride_outer, stride_inner)
         z = load_block(pointer, columns, vocabulary, stride_vocabulary, REAL)
-        slope = scale
-        if HAS_SOFTCAP:
-            bend = tanh(z / cap, REAL)
-            z = cap * bend
-            slope = scale * (1 - bend * bend)
         log_p = (z - tl.load(stats + row)) * scale - tl.load(stats + rows + row)
         p = tl.exp(log_p)
-        # The target's 1 - p is formed before anything is rounded: it survives p near 1.
+        # 1 - p of the target is computed before rounding, so that it is exact for p near 1.
         d = g * (tl.where(columns == tl.load(targets + row), 1.0, 0.0) - p)
         if ENTROPY:
             d -= h * p * (tl.maximum(log_p, LOG_ZERO) + tl.load(entropies + row))
-        tl.store(out, (d * slope).to(gradient.dtype.element_ty), mask=inside)
+        tl.store(out, (d * scale).to(gradient.dtype.element_ty), mask=inside)
     else:
         tl.store(out, tl.zeros([BLOCK], gradient.dtype.element_ty), mask=inside)
 
 
 def forward(
-    rows: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, softcap: float | None, entropy: bool
+    rows: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(outer, inner) log-probs of (outer, inner, V) rows, as many entropies (none where not wanted), and statistics.
+    """Return (outer, inner) log-probs of (outer, inner, V) rows, entropies (empty if not wanted), and statistics.
 
-    The statistics are (2, outer * inner): each row's largest z, and log sum over v of exp((z_v - largest) /
-    temperature). Apart they keep the digits that their sum would lose where the logits are large.
+    The statistics are (2, outer * inner): each row's largest logit, and log sum_v exp((logit_v - largest) /
+    temperature). Their sum would lose digits where the logits are large.
     """
     outer, inner, vocabulary = rows.shape
     real = real_dtype(rows.dtype)
@@ -157,8 +140,8 @@ def forward(
         with on_device(rows):
             _forward_kernel[(outer * inner,)](
                 rows, targets, mask, logprobs, entropies, stats, outer * inner, vocabulary, inner, *rows.stride(),
-                1 / temperature, softcap or 1.0, HAS_MASK=mask is not None, HAS_SOFTCAP=softcap is not None,
-                ENTROPY=entropy, REAL=real_type(real), **block_options(vocabulary),
+                1 / temperature, HAS_MASK=mask is not None, ENTROPY=entropy, REAL=real_type(real),
+                **block_options(vocabulary),
             )  # fmt: skip
     return logprobs, entropies, stats
 
@@ -173,9 +156,8 @@ def backward(
     entropies: Tensor,
     stats: Tensor,
     temperature: float,
-    softcap: float | None,
 ) -> None:
-    """Writes the gradient into `out`, (outer, inner, V) like the rows, or the rows themselves; see torch_path."""
+    """Write the gradient into `out`, (outer, inner, V) like the rows, or the rows themselves; see torch_path."""
     outer, inner, vocabulary = rows.shape
     options = block_options(vocabulary)
     blocks = triton.cdiv(vocabulary, options["BLOCK"])
@@ -183,7 +165,7 @@ def backward(
         with on_device(rows):
             _backward_kernel[(outer * inner * blocks,)](
                 rows, out, grad_logprobs, grad_entropies, targets, mask, entropies, stats, outer * inner, vocabulary,
-                blocks, inner, *rows.stride(), *out.stride(), 1 / temperature, softcap or 1.0,
-                HAS_MASK=mask is not None, HAS_SOFTCAP=softcap is not None, ENTROPY=grad_entropies is not None,
+                blocks, inner, *rows.stride(), *out.stride(), 1 / temperature,
+                HAS_MASK=mask is not None, ENTROPY=grad_entropies is not None,
                 REAL=real_type(stats.dtype), **options,
             )  # fmt: skip
