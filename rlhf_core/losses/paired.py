@@ -1,4 +1,4 @@
-"""The paired preference losses, entries of `PREFERENCE_LOSSES`, a paragraph each. Throughout:
+"""The paired preference losses, entries of `PREFERENCE_LOSSES`. Notation:
 
 c, r    the chosen and the rejected completion
 l       log-prob of a completion under the policy, summed over its tokens; l / L its mean
@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_core.losses.divergence import exp_difference
-from rlhf_core.losses.pairs import PairTerms, register_preference_loss
+from rlhf_core.losses.pairs import PairTerms, RunningOption, register_preference_loss
 from rlhf_core.losses.registry import require, smoothed_logistic
 
-# ------------------------------------------------------------------------------------ DPO and what changes its logistic
+# ------------------------------------------------------------------------------------------- DPO and logistic variants
 
 
 @register_preference_loss("sigmoid", f_divergence=True)
@@ -46,7 +46,7 @@ def robust(pairs: PairTerms, *, beta: float, label_smoothing: float) -> Tensor:
 
     (-(1 - e) log sigmoid(beta d) + e log sigmoid(-beta d)) / (1 - 2 e)
 
-    Without a lower bound where e > 0.
+    Unbounded below where e > 0.
     """
     logits = beta * pairs.difference
     if label_smoothing == 0:
@@ -61,7 +61,7 @@ def exo_pair(pairs: PairTerms, *, beta: float, label_smoothing: float) -> Tensor
 
     q (log q - log(1 - e)) + (1 - q) (log(1 - q) - log e),   q = sigmoid(beta d)
 
-    Needs e > 0, since the KL to a certain label is infinite.
+    Needs e > 0: the KL to a label without uncertainty is infinite.
     """
     require(label_smoothing > 0, "label_smoothing", label_smoothing, "more than 0 for 'exo_pair'")
     logits = beta * pairs.difference
@@ -77,12 +77,14 @@ def discopop(pairs: PairTerms, *, beta: float, tau: float = 0.05) -> Tensor:
     """
     require(tau > 0, "tau", tau, "more than 0")
     logits = beta * pairs.difference
-    # m exp(-beta d) with both exponents together: for a very negative d, 0 * inf apart.
+    # m exp(-beta d) as one exponential: the separate factors give 0 * inf for a very negative d.
     exponential = (F.logsigmoid(logits / tau) - logits).exp()
     return (-logits / tau).sigmoid() * -F.logsigmoid(logits) + exponential
 
 
-@register_preference_loss("beta_dpo", f_divergence=True, across_pairs=True)
+@register_preference_loss(
+    "beta_dpo", f_divergence=True, across_pairs=True, running_mean=RunningOption("gap_mean", ("gap",), momentum=0.9)
+)
 def beta_dpo(
     pairs: PairTerms,
     *,
@@ -92,12 +94,11 @@ def beta_dpo(
     gap_mean: float = 0.0,
     min_beta: float = 1e-3,
 ) -> Tensor:
-    """Beta-DPO: beta follows the batch's gap (Wu et al. 2024, arXiv:2407.08639; its data filter is left out).
+    """Beta-DPO: beta adapts to the mean difference of the batch (Wu et al. 2024, arXiv:2407.08639; no data filter).
 
     -log sigmoid(beta' d),   beta' = max(min_beta, beta (1 + beta_alpha (mean d - gap_mean))) without gradient
 
-    `gap_mean` is the running mean of d over earlier batches (the paper: momentum 0.9), held by the caller; the gauge
-    `margin` is beta times this batch's.
+    `gap_mean` is the running mean of d over earlier batches (momentum 0.9, as in the paper), kept by the caller.
     """
     gap = pairs.difference.detach().sum() / max(len(pairs.difference), 1)
     dynamic_beta = (beta * (1 + beta_alpha * (gap - gap_mean))).clamp(min=min_beta)
@@ -106,7 +107,7 @@ def beta_dpo(
 
 @register_preference_loss("odpo", f_divergence=True, needs=("margin",))
 def odpo(pairs: PairTerms, *, beta: float, label_smoothing: float) -> Tensor:
-    """DPO with an offset: by how much is the chosen one better (Amini et al. 2024, arXiv:2402.10571).
+    """ODPO: DPO with an offset, by how much the chosen completion is better (Amini et al. 2024, arXiv:2402.10571).
 
     -log sigmoid(beta d - margin),   margin (B,), for example alpha log(score_c - score_r)
     """
@@ -115,7 +116,7 @@ def odpo(pairs: PairTerms, *, beta: float, label_smoothing: float) -> Tensor:
 
 @register_preference_loss("r_dpo", f_divergence=True)
 def r_dpo(pairs: PairTerms, *, beta: float, label_smoothing: float, length_coef: float = 0.01) -> Tensor:
-    """Length-regularised DPO: a reward that charges length_coef a token (Park et al. 2024, arXiv:2403.19159).
+    """Length-regularised DPO: the reward is reduced by length_coef per token (Park et al. 2024, arXiv:2403.19159).
 
     -log sigmoid(beta d + length_coef (L_c - L_r))
     """
@@ -126,7 +127,7 @@ def r_dpo(pairs: PairTerms, *, beta: float, label_smoothing: float, length_coef:
 
 @register_preference_loss("dpop")
 def dpop(pairs: PairTerms, *, beta: float, label_smoothing: float, dpop_lambda: float = 50.0) -> Tensor:
-    """DPO-Positive: the chosen completion may not become rarer (Pal et al. 2024, arXiv:2402.13228, eq. 3).
+    """DPO-Positive: penalty where the chosen log-ratio is negative (Pal et al. 2024, arXiv:2402.13228, eq. 3).
 
     -log sigmoid(beta (d - dpop_lambda max(0, -a)))
     """
@@ -137,30 +138,30 @@ def dpop(pairs: PairTerms, *, beta: float, label_smoothing: float, dpop_lambda: 
 
 @register_preference_loss("cal_dpo")
 def cal_dpo(pairs: PairTerms, *, beta: float, cal_coef: float = 1.0) -> Tensor:
-    """Cal-DPO: log-ratios calibrated to +-1 / (2 beta) (Xiao et al. 2024, arXiv:2412.14516, eq. 10).
+    """Cal-DPO: log-ratios regressed to +-1 / (2 beta) (Xiao et al. 2024, arXiv:2412.14516, eq. 10).
 
     -log sigmoid(d) + cal_coef ((a - 1 / (2 beta))^2 + (b + 1 / (2 beta))^2)
 
-    The authors' code has cal_coef 1/2.
+    The authors' code uses cal_coef 1/2.
     """
     require(cal_coef >= 0, "cal_coef", cal_coef, "0 or more")
     return -F.logsigmoid(pairs.difference) + cal_coef * sppo_hard(pairs, beta=beta)
 
 
-@register_preference_loss("tdpo1", ld_alpha=False, needs=("chosen_kl", "rejected_kl"))
+@register_preference_loss("tdpo1", ld_alpha=False, needs=("kl",))
 def tdpo1(pairs: PairTerms, *, beta: float, label_smoothing: float) -> Tensor:
-    """Token-level DPO (Zeng et al. 2024, arXiv:2404.11999, eq. 15).
+    """TDPO1: token-level DPO (Zeng et al. 2024, arXiv:2404.11999, eq. 15).
 
     -log sigmoid(beta (d - (KL_r - KL_c))),   KL = sum over tokens of KL(reference || policy), with gradient
 
-    `chosen_kl`, `rejected_kl`: (B, T) of `kl_full(..., direction="forward")`.
+    The KL of a side is its `Completions.kl`, as `kl_full(..., direction="forward")` computes it.
     """
     return smoothed_logistic(beta * (pairs.difference - (pairs.rejected_kl - pairs.chosen_kl)), label_smoothing)
 
 
-@register_preference_loss("tdpo2", ld_alpha=False, needs=("chosen_kl", "rejected_kl"))
+@register_preference_loss("tdpo2", ld_alpha=False, needs=("kl",))
 def tdpo2(pairs: PairTerms, *, beta: float, label_smoothing: float, tdpo_alpha: float = 0.5) -> Tensor:
-    """Token-level DPO, the chosen side's KL held still (Zeng et al. 2024, arXiv:2404.11999, eq. 17).
+    """TDPO2: token-level DPO, no gradient through the chosen side's KL (Zeng et al. 2024, arXiv:2404.11999, eq. 17).
 
     -log sigmoid(beta (d - tdpo_alpha (KL_r - stop_gradient(KL_c))))
     """
@@ -168,7 +169,7 @@ def tdpo2(pairs: PairTerms, *, beta: float, label_smoothing: float, tdpo_alpha: 
     return smoothed_logistic(beta * (pairs.difference - shift), label_smoothing)
 
 
-# ------------------------------------------------------------------------------------------- other shapes of the margin
+# ---------------------------------------------------------------------------------- other functions of the log-ratios
 
 
 @register_preference_loss("hinge", f_divergence=True)
@@ -182,18 +183,19 @@ def hinge(pairs: PairTerms, *, beta: float) -> Tensor:
 
 @register_preference_loss("ipo", length_normalized=True, f_divergence=True)
 def ipo(pairs: PairTerms, *, beta: float) -> Tensor:
-    """IPO (Azar et al. 2023, arXiv:2310.12036, eq. 17), over mean log-ratios as its authors confirmed they use it.
+    """IPO (Azar et al. 2023, arXiv:2310.12036, eq. 17), over mean log-ratios, as confirmed by its authors.
 
     (a / L_c - b / L_r - 1 / (2 beta))^2
 
-    Its optimum is ref exp(E[p(y > y')] / beta), not DPO's ref exp(r / beta): certain labels do not push forever.
+    Its optimum is ref exp(E[p(y > y')] / beta), not DPO's ref exp(r / beta): the log-ratios stay bounded even if every
+    annotator agrees.
     """
     return (pairs.difference - 1 / (2 * beta)).square()
 
 
 @register_preference_loss("sppo_hard")
 def sppo_hard(pairs: PairTerms, *, beta: float) -> Tensor:
-    """SPPO with certain labels (Wu et al. 2024, arXiv:2405.00675, eq. 4.7 with P = 1 and 0).
+    """SPPO with hard labels (Wu et al. 2024, arXiv:2405.00675, eq. 4.7 with P = 1 and 0).
 
     (a - 1 / (2 beta))^2 + (b + 1 / (2 beta))^2
     """
@@ -203,7 +205,7 @@ def sppo_hard(pairs: PairTerms, *, beta: float) -> Tensor:
 
 @register_preference_loss("nca_pair")
 def nca_pair(pairs: PairTerms, *, beta: float) -> Tensor:
-    """NCA: noise-contrastive, each side held by itself (Chen et al. 2024, arXiv:2402.05369, table 1).
+    """NCA: noise-contrastive alignment, each side on its own (Chen et al. 2024, arXiv:2402.05369, table 1).
 
     -log sigmoid(beta a) - 1/2 log sigmoid(-beta a) - 1/2 log sigmoid(-beta b)
     """
@@ -211,20 +213,20 @@ def nca_pair(pairs: PairTerms, *, beta: float) -> Tensor:
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
-@register_preference_loss("bco_pair")
+@register_preference_loss("bco_pair", running_mean=RunningOption("delta", ("reward",)))
 def bco_pair(pairs: PairTerms, *, beta: float, delta: float = 0.0) -> Tensor:
     """BCO on pairs: a binary classifier of chosen against rejected (Jung et al. 2024, arXiv:2404.04656).
 
     -log sigmoid(beta a - delta) - log sigmoid(-(beta b - delta))
 
-    `delta` is the running mean of the rewards of both sides, held by the caller; at 0 it is TRL's loss.
+    `delta` is the running mean of the rewards of both sides, kept by the caller; with 0 this is TRL's loss.
     """
     return -F.logsigmoid(beta * pairs.chosen_log_ratio - delta) - F.logsigmoid(delta - beta * pairs.rejected_log_ratio)
 
 
 @register_preference_loss("apo_zero")
 def apo_zero(pairs: PairTerms, *, beta: float) -> Tensor:
-    """APO-zero: chosen up, rejected down (D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7).
+    """APO-zero: raises chosen, lowers rejected log-ratios (D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7).
 
     1 - sigmoid(beta a) + sigmoid(beta b)
     """
@@ -233,7 +235,7 @@ def apo_zero(pairs: PairTerms, *, beta: float) -> Tensor:
 
 @register_preference_loss("apo_down")
 def apo_down(pairs: PairTerms, *, beta: float) -> Tensor:
-    """APO-down: both down, rejected more (D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 8).
+    """APO-down: lowers both log-ratios, the rejected one more (D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 8).
 
     sigmoid(beta a) + 1 - sigmoid(beta (a - b))
     """
@@ -243,7 +245,7 @@ def apo_down(pairs: PairTerms, *, beta: float) -> Tensor:
 
 @register_preference_loss("aot", pair_weights=False, across_pairs=True)
 def aot(pairs: PairTerms, *, beta: float, label_smoothing: float) -> Tensor:
-    """AOT: the policy's margins dominate the reference's as distributions (Melnyk et al. 2024, arXiv:2406.05882).
+    """AOT: stochastic dominance of the policy's margins over the reference's (Melnyk et al. 2024, arXiv:2406.05882).
 
     -log sigmoid(beta (sort(l_c - l_r) - sort(ref_c - ref_r))), sorted over all pairs
     """
@@ -254,7 +256,7 @@ def aot(pairs: PairTerms, *, beta: float, label_smoothing: float) -> Tensor:
 
 @register_preference_loss("aot_unpaired", pair_weights=False, across_pairs=True)
 def aot_unpaired(pairs: PairTerms, *, beta: float, label_smoothing: float) -> Tensor:
-    """AOT: chosen log-ratios dominate rejected ones as distributions (Melnyk et al. 2024, arXiv:2406.05882).
+    """AOT: stochastic dominance of chosen over rejected log-ratios (Melnyk et al. 2024, arXiv:2406.05882).
 
     -log sigmoid(beta (sort(a) - sort(b))), sorted over all pairs
     """
@@ -267,7 +269,7 @@ def aot_unpaired(pairs: PairTerms, *, beta: float, label_smoothing: float) -> Te
 
 @register_preference_loss("sft", needs_reference=False, ld_alpha=False)
 def sft(pairs: PairTerms) -> Tensor:
-    """The chosen completions' negative log-likelihood, mean over their tokens; the NLL term of mixes.
+    """Negative log-likelihood of the chosen completions, mean over their tokens; the NLL term of mixes.
 
     -sum over chosen tokens of log p / number of chosen tokens
     """
@@ -297,7 +299,7 @@ def simpo(pairs: PairTerms, *, beta: float, label_smoothing: float, gamma: float
 def alphapo(
     pairs: PairTerms, *, beta: float, label_smoothing: float, gamma: float = 0.5, reward_alpha: float = 0.25
 ) -> Tensor:
-    """AlphaPO: SimPO whose reward is bent by alpha (Gupta et al. 2025, arXiv:2501.03884; alpha -> 0 is SimPO).
+    """AlphaPO: SimPO with a power-transformed reward (Gupta et al. 2025, arXiv:2501.03884; alpha -> 0 is SimPO).
 
     -log sigmoid(beta (r_c - r_l) - gamma),   r = (1 - p^-alpha) / alpha,   p = exp(l / L)
     """
@@ -309,12 +311,12 @@ def alphapo(
 
 @register_preference_loss("orpo", needs_reference=False, length_normalized=True, ld_alpha=False)
 def orpo(pairs: PairTerms, *, beta: float, nll_coef: float = 1.0) -> Tensor:
-    """ORPO: NLL of the chosen and the odds ratio (Hong et al. 2024, arXiv:2403.07691, eq. 6 and 7; beta is its lambda).
+    """ORPO: NLL of the chosen and the odds ratio (Hong et al. 2024, arXiv:2403.07691, eq. 6 and 7; beta: its lambda).
 
     nll_coef nll_c - beta log sigmoid(log(odds_c / odds_r)),   odds = p / (1 - p),   p = exp(l / L)
     """
     require(nll_coef >= 0, "nll_coef", nll_coef, "0 or more")
-    # Where rounding has made p = 1, 1 - p is taken as half a unit in the last place: the longest odds a float can tell.
+    # Where p rounds to 1, 1 - p is taken as half a unit in the last place, so that the odds stay finite.
     certain = -torch.finfo(pairs.chosen_logprob.dtype).eps / 2
     log_odds = [
         logprob - torch.log(-torch.expm1(logprob.clamp(max=certain)))

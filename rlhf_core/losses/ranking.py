@@ -10,13 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_core.losses.pairs import PreferenceLoss, register_into
+from rlhf_core.losses.pairs import PreferenceLoss
 from rlhf_core.losses.registry import (
+    Function,
+    add_entry,
     call_declared,
     in_full_precision,
     look_up,
     require,
     require_beta,
+    require_mask,
     share_options,
 )
 from rlhf_core.losses.reward import plackett_luce_nll
@@ -25,22 +28,30 @@ from rlhf_core.ops.masked import masked_sum, require_tokens
 
 @dataclass(frozen=True)
 class RankedTerms:
-    """What a ranking loss is made of: K completions of a prompt, best first, those without tokens last."""
+    """What a ranking loss is computed from: K completions per prompt, best first, completions without tokens last."""
 
     logprob: Tensor  # (B, K), summed over tokens
     log_ratio: Tensor  # (B, K); the log-prob itself where the loss needs no reference
-    length: Tensor  # (B, K) tokens; 0: there is no such completion
-    scores: Tensor  # (B, K), falling; equal where neither is better
+    length: Tensor  # (B, K) tokens; 0 marks a missing completion
+    scores: Tensor  # (B, K), descending; equal scores are ties
 
 
 RANKED_LOSSES: dict[str, PreferenceLoss] = {}
 
 
-def register_ranked_loss(name: str, *, needs_reference: bool = True) -> Callable:
-    """Decorator that puts a ranking loss into the table: `function(terms, *, options)` gives each list's loss, (B,)."""
-    return register_into(
-        RANKED_LOSSES, name, needs_reference=needs_reference, paired=False, ld_alpha=False, pair_weights=False
-    )
+def register_ranked_loss(name: str, *, needs_reference: bool = True) -> Callable[[Function], Function]:
+    """Return a decorator that adds a loss to `RANKED_LOSSES`: `function(terms, *, options)` returns each list's loss,
+    (B,).
+
+    Raises ValueError for a name that is already registered.
+    """
+
+    def register(function: Function) -> Function:
+        entry = PreferenceLoss(function, needs_reference=needs_reference, ld_alpha=False, pair_weights=False)
+        add_entry(RANKED_LOSSES, name, entry, "preference loss")
+        return function
+
+    return register
 
 
 def ranked_preference_loss(
@@ -54,13 +65,15 @@ def ranked_preference_loss(
     normalizer: float | Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The named loss of `RANKED_LOSSES`, the mean over prompts with at least two completions.
+    """Compute the named loss of `RANKED_LOSSES` as the mean over prompts with at least two completions.
 
     Args:
-        logprobs, ref_logprobs: (B, K, T) token log-probs of K completions a prompt. mask: (B, K, T) bool; a completion
-            without a token is none, so lists may be of unequal length.
-        scores: (B, K), higher is better, in any order; None: the completions stand best first.
+        logprobs, ref_logprobs: (B, K, T) token log-probs of K completions per prompt. mask: (B, K, T) bool; a row
+            without tokens is a missing completion, so lists may differ in length.
+        scores: (B, K), higher is better, in any order; None: the completions are ordered from best to worst.
+        beta: coefficient of the implicit reward beta * log-ratio, more than 0.
         normalizer: divide by this instead of the local count of prompts.
+        options: keyword-only parameters of the loss, such as rrhf's `nll_coef`.
 
     Returns:
         the loss, a scalar, and stats: `accuracy`, over pairs of unequal score, of beta * log-ratio (a tie counts half).
@@ -73,11 +86,15 @@ def ranked_preference_loss(
     if entry.needs_reference and ref_logprobs is None:
         raise ValueError(f"loss {name!r} needs ref_logprobs")
     own = share_options({name: entry.function}, options)[name]
-    logprobs, ref_logprobs = in_full_precision(mask, logprobs=logprobs, ref_logprobs=ref_logprobs)
+    require_mask(mask)
+    logprobs = in_full_precision("logprobs", logprobs, mask)
+    ref_logprobs = in_full_precision("ref_logprobs", ref_logprobs, mask)
     require_tokens(mask, normalizer)
 
     logprob, length = masked_sum(logprobs, mask, -1), mask.sum(-1)
-    log_ratio = masked_sum(logprobs - ref_logprobs, mask, -1) if entry.needs_reference else logprob
+    log_ratio = logprob
+    if entry.needs_reference and ref_logprobs is not None:
+        log_ratio = masked_sum(logprobs - ref_logprobs, mask, -1)
     if scores is None:
         scores = torch.arange(mask.shape[1], 0, -1, device=mask.device).to(logprob.dtype).expand(length.shape)
     scores = torch.where(length > 0, scores.to(logprob.dtype), -torch.inf)
@@ -96,14 +113,14 @@ def ranked_preference_loss(
 
 
 def _better(terms: RankedTerms) -> Tensor:
-    """(B, i, j) bool: completion i has the higher score, and both are there."""
-    there = terms.length > 0
-    return (terms.scores[:, :, None] > terms.scores[:, None, :]) & there[:, :, None] & there[:, None, :]
+    """(B, i, j) bool: completion i has the higher score, and both exist."""
+    exists = terms.length > 0
+    return (terms.scores[:, :, None] > terms.scores[:, None, :]) & exists[:, :, None] & exists[:, None, :]
 
 
 @register_ranked_loss("plackett_luce")
 def plackett_luce(terms: RankedTerms, *, beta: float) -> Tensor:
-    """DPO over rankings (Rafailov et al. 2023, arXiv:2305.18290, eq. 20, appendix A.3). Ties break by position.
+    """DPO over rankings (Rafailov et al. 2023, arXiv:2305.18290, eq. 20, appendix A.3). Ties are ordered by position.
 
     -sum over k of (beta x_k - log sum over j >= k of e^(beta x_j)),   x = log-ratio, best first
     """
@@ -118,5 +135,5 @@ def rrhf(terms: RankedTerms, *, nll_coef: float = 1.0) -> Tensor:
     """
     require(nll_coef >= 0, "nll_coef", nll_coef, "0 or more")
     mean = terms.logprob / terms.length.clamp(min=1)
-    gaps = F.relu(mean[:, None, :] - mean[:, :, None])  # (B, i, j): by how much the worse j is likelier than i
+    gaps = F.relu(mean[:, None, :] - mean[:, :, None])  # (B, i, j): by how much mean_j exceeds mean_i
     return masked_sum(gaps, _better(terms), (1, 2)) - nll_coef * terms.logprob[:, 0]

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the negative log-likelihood of the completion, and what is done to it."""
+"""Supervised fine-tuning: negative log-likelihood with label smoothing, DFT and z-loss."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ def sft_loss(
     z_loss_coef: float = 0.0,
     logsumexps: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Negative log-likelihood of completion tokens, in nats. Of one token with log-prob l = log p(token):
+    """Compute the negative log-likelihood of completion tokens, in nats. For one token with l = log p(token):
 
         -l                                  plain
         -(1 - e) l - e mean_v log p(v)      label smoothing e (Szegedy et al. 2016, arXiv:1512.00567, section 7)
         -p(token) l, p(token) detached      DFT (Wu et al. 2025, arXiv:2508.05629)
         + z_loss_coef * logsumexp^2         z-loss, with any (PaLM, Chowdhery et al. 2022, arXiv:2204.02311, section 5)
 
-    DFT's factor undoes the 1 / p of the likelihood's gradient, so a token that the model finds unlikely does not pull
-    harder than a likely one. The z-loss keeps the softmax's normaliser near 1 (PaLM: 1e-4).
+    DFT's factor p cancels the factor 1 / p in the gradient of the likelihood, so unlikely tokens do not dominate the
+    gradient. The z-loss keeps the normaliser of the softmax near 1 (PaLM: z_loss_coef 1e-4).
 
     Args:
         logprobs: (B, T). mask: (B, T) bool, True = completion token.
-        reduction: "token" weighs every token alike; "sequence" takes each completion's mean first. A row without
-            tokens is no completion and is not counted.
-        normalizer: divide by this instead of by the local count of tokens (or sequences). Give the count of the whole
-            accumulation window, over all ranks, and eight micro-batches of one add up to one of eight.
+        reduction: "token" weights all tokens equally; "sequence" averages within each completion first. A row without
+            tokens is not counted.
+        normalizer: divide by this instead of the local count of tokens (or sequences). With the count of the whole
+            accumulation window, over all ranks, eight micro-batches of one row equal one of eight rows.
         weights: (B, T) or (B, 1), 0 or more: the mean over tokens becomes sum w loss / sum w. The normalizer is then
             the sum of the window's weights.
         label_smoothing: 0 <= e < 0.5; needs vocab_mean_logprobs (B, T), `mean_logprob` of `vocab_statistics`.
         z_loss_coef: 0 or more; needs logsumexps (B, T), `logsumexp` of `vocab_statistics`.
 
     Returns:
-        the loss, a scalar, and stats, means per token: `nll`, always the plain one without weights, and `z_loss` (times
-        its coefficient) where there is one.
+        the loss, a scalar, and stats, means per token: `nll`, always plain and unweighted, and, with a z-loss,
+        `z_loss` (times its coefficient).
 
-    Raises ValueError for a parameter out of range, a tensor that is missing or given for nothing, smoothing together
-    with DFT, weights together with "sequence", or a mask that is False everywhere while no normalizer is given.
+    Raises ValueError for a parameter out of range, a tensor that is missing or not used, smoothing together with DFT,
+    weights together with "sequence", or a mask that is False everywhere while no normalizer is given.
     """
     if reduction not in ("token", "sequence"):
         raise ValueError(f"reduction={reduction!r}: expected token or sequence")
@@ -69,9 +69,9 @@ def sft_loss(
     stats = {"nll": masked_mean(losses.detach(), mask)}
     if dft:
         losses = losses * logprobs.detach().exp()
-    if label_smoothing:
+    if vocab_mean_logprobs is not None:
         losses = (1 - label_smoothing) * losses - label_smoothing * vocab_mean_logprobs
-    if z_loss_coef:
+    if logsumexps is not None:
         z_losses = z_loss_coef * torch.where(mask, logsumexps, 0.0).square()
         losses = losses + z_losses
         stats["z_loss"] = masked_mean(z_losses.detach(), mask)

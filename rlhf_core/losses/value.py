@@ -1,4 +1,4 @@
-"""The critic's regression."""
+"""The loss of a value model."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ def value_loss(
     value_clip: float | None = 0.2,
     normalizer: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Half the squared error to the returns, the worse of clipped and unclipped, the mean over completion tokens.
+    """Compute half the squared error to the returns, the larger of clipped and unclipped, as the mean over tokens.
 
         mean max((V - R)^2, (clamp(V, V_old - value_clip, V_old + value_clip) - R)^2) / 2
 
-    as in OpenAI's baselines and lm-human-preferences; `value_clip=None` is the plain squared error.
+    as in OpenAI's baselines and lm-human-preferences. `value_clip=None` is the plain squared error.
 
     Args:
-        new_values: (B, T) with gradient. values: (B, T) when sampled. returns: (B, T). mask: (B, T) bool.
-        value_clip: more than 0, in the values' own units, or None.
+        new_values: (B, T) of the value model now, with gradient. values: (B, T) at the time of sampling. returns:
+            (B, T). mask: (B, T) bool.
+        value_clip: more than 0, in the unit of the values, or None.
         normalizer: divide by this instead of the local count of tokens (see `sft_loss`).
 
     Returns:
@@ -51,5 +52,5 @@ def value_loss(
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(R - V) / Var(R) over completion tokens: 1 is a perfect critic, 0 one that knows the mean alone."""
+    """Compute 1 - Var(R - V) / Var(R) over completion tokens: 1 for perfect values, 0 for constant ones."""
     return 1 - masked_var(returns - values, mask) / masked_var(returns, mask).clamp(min=1e-8)

@@ -1,7 +1,7 @@
-"""The KL of a policy from its reference: estimated from sampled tokens, or exact over the vocabulary.
+"""The KL divergence of a policy from its reference: estimated from sampled tokens, or exact over the vocabulary.
 
-One number, four uses, and an estimator that is right in one is wrong in another. KL is KL(policy || reference), and
-"right" means that the expected gradient, over tokens the policy sampled, is the KL's:
+Here KL is KL(policy || reference). Which estimator to use depends on what it is used for. "right" means that the
+expected gradient, over tokens sampled from the policy, is that of the KL:
 
     estimator  value     as a reward              as a loss                   as a loss, times the ratio
     k1         unbiased  right                    nothing: the gradient is 0  right
@@ -10,16 +10,17 @@ One number, four uses, and an estimator that is right in one is wrong in another
     abs        too high  wrong                    twice the total variation's wrong
     full       exact     later tokens' part only  right                       right
 
-- As a *reward*, -k_t is a number, which only the policy gradient k * grad log p carries. With k1, gamma 1 and the whole
-  return, that is the gradient of the sequences' KL, with what a token owes for leading to states where the policy
-  diverges. Near the reference k2 and k3 are of second order and hardly push back. "full" does not depend on the token
-  that was sampled, so its own divergence holds no token to account: with the loss added to it, the two are exact.
-- As a *loss*, the estimate is differentiated at the sampled tokens. Right is meant state by state: the gradient of each
-  visited state's KL, without what a token owes for leading there.
-- *Times the ratio* exp(new - old), with its gradient, the expectation is the new policy's: the gradient is that of the
-  estimator's value, state by state, so whichever is unbiased is right, and old samples do as well as new ones.
+- As a *reward*, -k_t is a constant, and the gradient is the policy gradient k * grad log p. With k1, gamma 1 and the
+  whole return it is the gradient of the KL of whole sequences, including the effect of a token on which later states
+  are visited. Near the reference k2 and k3 are of second order, so their policy gradient vanishes. "full" does not
+  depend on the sampled token, so it has no gradient from the divergence at its own state: together with the full KL as
+  a loss the gradient is exact.
+- As a *loss*, the estimate is differentiated at the sampled tokens. "right" refers to single states: the gradient of
+  the KL at each visited state, without the effect of a token on which states are visited.
+- *Times the ratio* exp(new - old), with its gradient, the expectation is under the new policy: the gradient is that of
+  the estimator's value at each state, so every unbiased estimator is right, also on samples of an older policy.
 
-tests/ops/test_kl.py proves each cell on enumerated distributions; `warn_about_kl` says which are wrong.
+tests/ops/test_kl.py checks each cell on enumerated distributions; `warn_about_kl` warns about the wrong ones.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from rlhf_core.ops.masked import masked_sum
 from rlhf_kernels import kl_divergence, linear_kl
 
 __all__ = [
@@ -39,18 +41,19 @@ __all__ = [
     "kl_full",
     "kl_penalty",
     "linear_kl",
+    "sequence_kl",
     "warn_about_kl",
 ]
 
 ESTIMATORS = ("k1", "k2", "k3", "abs", "full")
 USES = ("reward", "loss", "weighted loss")
 
-_FADES = "its policy gradient is not the KL's and fades near the reference; use k1"
+_VANISHES = "its policy gradient is not that of the KL and vanishes near the reference; use k1"
 _MISTAKES = {
-    ("k2", "reward"): _FADES,
-    ("k3", "reward"): _FADES,
-    ("abs", "reward"): "its policy gradient is not the KL's, a token too rare is priced like one too frequent; use k1",
-    ("full", "reward"): "it carries only what later tokens cost; use k1, or add the full KL as a loss as well",
+    ("k2", "reward"): _VANISHES,
+    ("k3", "reward"): _VANISHES,
+    ("abs", "reward"): "its policy gradient is not that of the KL, both signs of the log-ratio are penalised; use k1",
+    ("full", "reward"): "its gradient covers only the KL of later tokens; use k1, or add the full KL as a loss as well",
     ("k1", "loss"): "its expected gradient is 0; use k2 or full, or multiply it by the ratio",
     ("k3", "loss"): "its gradient is that of KL(reference || policy); use k2 or full, or multiply it by the ratio",
     ("abs", "loss"): "its gradient is that of twice the total variation distance; use k2 or full",
@@ -60,15 +63,21 @@ _MISTAKES = {
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") -> Tensor:
-    """Per-token estimate of KL(policy || reference), same shape as the inputs. With d = logprobs - ref_logprobs:
+    """Estimate KL(policy || reference) at each token. With d = logprobs - ref_logprobs:
 
     - "k1": d. Unbiased, of any sign.
-    - "k2": d^2 / 2. Biased in value; its *gradient* is the exact one of the KL.
+    - "k2": d^2 / 2. Biased; its expected *gradient* is exactly that of the KL.
     - "k3": exp(-d) - 1 + d. Unbiased, never negative.
-    - "abs": |d|. Never below the KL in expectation.
+    - "abs": |d|. At least the KL in expectation.
 
-    Source: J. Schulman, "Approximating KL divergence" (2020). exp(-d) is infinite once d < -88 in float32: a policy
-    that sampled a token the reference finds e^88 times likelier is broken, and the infinity says so.
+    Source: J. Schulman, "Approximating KL divergence" (2020). In float32 exp(-d) is infinite for d < -88, which is not
+    clamped: a sampled token that is e^88 times more likely under the reference indicates an error.
+
+    Args:
+        logprobs, ref_logprobs: log-probs of the sampled tokens, of one shape.
+
+    Returns:
+        nats, in the shape of the inputs, with gradient. Raises ValueError for an unknown estimator.
     """
     log_ratio = logprobs - ref_logprobs
     if estimator == "k1":
@@ -79,27 +88,27 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1"
         return torch.expm1(-log_ratio) + log_ratio
     if estimator == "abs":
         return log_ratio.abs()
-    hint = "; full needs the logits: kl_full" if estimator == "full" else ""
+    hint = "; full needs logits, see kl_full" if estimator == "full" else ""
     raise ValueError(f"estimator={estimator!r}: expected k1, k2, k3 or abs{hint}")
 
 
 def kl_full(
     policy_logits: Tensor, ref_logits: Tensor, *, temperature: float = 1.0, direction: str = "reverse"
 ) -> Tensor:
-    """Exact KL at each position, summed over the vocabulary. With p the policy's distribution and q the reference's:
+    """Compute the exact KL at each position. With p the policy's distribution and q the reference's:
 
         "reverse": KL(policy || reference) = sum over v of p_v (log p_v - log q_v)
         "forward": KL(reference || policy) = sum over v of q_v (log q_v - log p_v)
 
-    A logit of -inf is a token that cannot be sampled; where both forbid it, it costs nothing. One that only the second
-    distribution forbids makes the KL infinite, as it is.
+    A logit of -inf gives its token probability 0. Where both distributions do, it adds 0; where only the second one
+    does, the KL is infinite.
 
     Args:
         policy_logits, ref_logits: (..., V). temperature: both are divided by it; more than 0.
 
     Returns:
-        (...), in nats, float32 (float64 for float64 logits), with any derivative. `kl_divergence` is the same in one
-        pass over logits of one shape, and `linear_kl` from hidden states, without the logits.
+        (...), in nats, float32 (float64 for float64 logits), with derivatives of any order. `kl_divergence` computes
+        the same in one pass over logits of one shape, and `linear_kl` from hidden states, without storing logits.
 
     Raises ValueError for a temperature that is not positive and an unknown direction.
     """
@@ -116,6 +125,11 @@ def kl_full(
     return (probs * torch.where(probs > 0, first - second, 0.0)).sum(-1)  # 0 log 0 = 0
 
 
+def sequence_kl(kl: Tensor, mask: Tensor) -> float:
+    """Return the mean over completions of their KL summed over tokens, (B, T) in nats; NaN if the mask is empty."""
+    return masked_sum(kl, mask, -1)[mask.any(-1)].mean().item()
+
+
 def kl_penalty(
     scores: Tensor,
     logprobs: Tensor,
@@ -128,29 +142,29 @@ def kl_penalty(
     with_loss: bool = False,
     token_scores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Per-token rewards: the price of diverging at every token, and the score on each completion's last token.
+    """Compute per-token rewards: a KL penalty at every token, and the score at each completion's last token.
 
-    r_t = -kl_coef * kl_t, plus the score at the last token (Ziegler et al. 2019, eq. 2, spread over tokens).
+    r_t = -kl_coef * kl_t, plus the score at the last token (Ziegler et al. 2019, eq. 2, per token).
 
     Args:
         scores: (B,) reward of the whole completion. logprobs, ref_logprobs: (B, T). mask: (B, T) bool, any layout.
-        kl_coef: the price of a nat, 0 or more.
-        estimator: warns where it is wrong as a reward (the table above).
-        kl: (B, T) the exact KL of each position (`kl_full`) instead of an estimate; with "full" and only then.
-        with_loss: the same KL is a loss beside this, with which "full" is right and does not warn.
-        token_scores: (B, T) parts of the scores that are paid at their tokens; the last token gets what is left, so
-            that a completion's rewards still add up to its score less its price.
+        kl_coef: coefficient of the KL, in score units per nat, 0 or more.
+        estimator: one of `ESTIMATORS`; warns if it is wrong as a reward (the table above).
+        kl: (B, T) exact KL of each position (`kl_full`); required with estimator "full", otherwise an error.
+        with_loss: the same KL is also added as a loss, which makes "full" right, so it does not warn.
+        token_scores: (B, T) parts of the scores that are given at their tokens; the last token gets the remainder, so
+            that the rewards of a completion add up to its score minus its KL penalty.
 
     Returns:
-        rewards (B, T) and the unpriced kl (B, T), both 0 outside the mask.
+        rewards (B, T), and kl (B, T) without coefficient; both 0 outside the mask.
 
-    Raises ValueError for a negative price, an unknown estimator, a `kl` without "full" or "full" without it, and a
-    completion without a token.
+    Raises ValueError for a negative kl_coef, an unknown estimator, a `kl` without "full" or "full" without it, and a
+    completion without tokens.
     """
     if not kl_coef >= 0:
         raise ValueError(f"kl_coef={kl_coef}: expected 0 or more")
     if (estimator == "full") != (kl is not None):
-        raise ValueError(f"estimator={estimator!r} with {'no kl' if kl is None else 'a kl'}: full and kl go together")
+        raise ValueError(f"estimator={estimator!r}: expected a kl with full, and none with any other estimator")
     if not (with_loss and estimator == "full"):
         warn_about_kl(estimator, "reward")
     if kl is None:
@@ -159,7 +173,7 @@ def kl_penalty(
     kl = torch.where(mask, kl, 0.0)
     last = torch.where(mask, torch.arange(mask.shape[1], device=mask.device), -1).amax(-1)
     if bool((last < 0).any()):
-        raise ValueError("a completion without tokens has no place for its score")
+        raise ValueError("mask: expected at least one token in every completion, to hold its score")
     rewards, scores = -kl_coef * kl, scores.to(kl.dtype)
     if token_scores is not None:
         token_scores = torch.where(mask, token_scores, 0.0).to(kl.dtype)
@@ -168,12 +182,12 @@ def kl_penalty(
 
 
 def warn_about_kl(estimator: str, use: str) -> None:
-    """UserWarning, in the name of the caller's caller, where the gradient of this use is not that of the KL.
+    """Emit a UserWarning, attributed to the caller's caller, if the gradient of this use is not that of the KL.
 
     Args:
         estimator: k1, k2, k3, abs or full. use: "reward", "loss", or "weighted loss", a loss times the ratio.
 
-    Raises ValueError for an unknown name.
+    Raises ValueError for an unknown estimator or use.
     """
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator={estimator!r}: expected one of {', '.join(ESTIMATORS)}")

@@ -1,4 +1,4 @@
-"""Reductions over the tokens that take part. Every mask is bool, True = takes part; masked places may hold anything."""
+"""Reductions over the True positions of a bool mask; values at False positions are ignored, NaN included."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, distributed
 
 
-def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Sum over True places; 0 where there is none. A masked NaN or infinity does not leak, nor does its gradient."""
+def masked_sum(values: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
+    """Sum over True positions; 0 where there is none. Masked NaNs and infinities affect neither value nor gradient."""
     kept = torch.where(mask, values, 0.0)
     return kept.sum() if dim is None else kept.sum(dim)
 
 
 def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None, *, all_ranks: bool = False) -> Tensor:
-    """Mean over True places; 0 where there is none. With `all_ranks` over those of all ranks (`over_ranks`)."""
+    """Mean over True positions; 0 where there is none. `all_ranks`: over the positions of all ranks (`over_ranks`)."""
     count = mask.sum() if dim is None else mask.sum(dim)
     total = masked_sum(values, mask, dim)
     if all_ranks:
@@ -22,11 +22,11 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None, *, all_ran
 
 
 def masked_var(values: Tensor, mask: Tensor, *, unbiased: bool = False, all_ranks: bool = False) -> Tensor:
-    """Variance over True places; `unbiased` divides by n - 1. 0 where fewer than two take part. `all_ranks`: as above.
+    """Variance over True positions; 0 for fewer than two. `unbiased` divides by n - 1. `all_ranks`: over all ranks.
 
-    In two passes: deviations from the mean of all are squared, so values far from 0 keep the digits of their spread.
+    Computed in two passes, so that no digits are lost for values far from 0.
     """
-    # Masked before it is squared: the gradient of a square is 0 * NaN at a masked NaN.
+    # Masked before the square, whose gradient at a masked NaN would be 0 * NaN.
     centred = torch.where(mask, values, 0.0) - masked_mean(values, mask, all_ranks=all_ranks)
     squares, count = masked_sum(centred.square(), mask), mask.sum()
     if all_ranks:
@@ -37,10 +37,16 @@ def masked_var(values: Tensor, mask: Tensor, *, unbiased: bool = False, all_rank
 def masked_whiten(
     values: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-8, all_ranks: bool = False
 ) -> Tensor:
-    """Scale to variance 1 (biased, as lm-human-preferences does) and, with `shift_mean`, to mean 0; masked places 0.
+    """Scale to variance 1 (biased, as in lm-human-preferences) and, with `shift_mean`, to mean 0.
 
-    `shift_mean=False` keeps the mean as it was before scaling, so only the spread changes. With `all_ranks` mean and
-    variance are those of the whole batch that the ranks hold together, and each gets its own part of it, whitened.
+    Args:
+        values: any shape. mask: bool, the shape of values.
+        shift_mean: False restores the mean from before the scaling.
+        eps: added to the variance.
+        all_ranks: use mean and variance over all ranks; each rank gets its own part, whitened.
+
+    Returns:
+        the shape of values, 0 where the mask is False.
     """
     values, mean = torch.where(mask, values, 0.0), masked_mean(values, mask, all_ranks=all_ranks)
     whitened = (values - mean) * torch.rsqrt(masked_var(values, mask, all_ranks=all_ranks) + eps)
@@ -50,15 +56,15 @@ def masked_whiten(
 
 
 def over_ranks(*sums: Tensor) -> list[Tensor]:
-    """Each tensor summed over all ranks of torch.distributed, or as it is where there is one process alone.
+    """Sum each tensor over all ranks of torch.distributed; with a single process return the tensors unchanged.
 
-    Every rank must call it, with tensors of the same shapes. Raises ValueError for a tensor with a gradient, which
-    would be this rank's part of it alone.
+    Every rank must call it, with tensors of the same shapes. Raises ValueError for a tensor that requires a gradient,
+    since the gradient would cover this rank only.
     """
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return list(sums)
     if any(tensor.requires_grad for tensor in sums):
-        raise ValueError("all_ranks=True: expected numbers without a gradient")
+        raise ValueError("all_ranks=True: expected tensors without a gradient")
     summed = [tensor.clone() for tensor in sums]
     for tensor in summed:
         distributed.all_reduce(tensor)
@@ -66,14 +72,14 @@ def over_ranks(*sums: Tensor) -> list[Tensor]:
 
 
 def pick(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
-    """`yes` where True, else `no`, in the dtype of `like`: torch.where rounds two plain numbers to float32."""
+    """Return `yes` where True, else `no`, in the dtype of `like`: torch.where takes Python numbers as float32."""
     return torch.full_like(like, no).masked_fill(condition, yes)
 
 
 def require_tokens(mask: Tensor, normalizer: float | Tensor | None = None, name: str = "mask") -> None:
-    """ValueError where nothing takes part and no `normalizer` says that this is one micro-batch of a larger whole.
+    """Raise ValueError for a mask that is False everywhere, unless a `normalizer` is given: a micro-batch may be empty.
 
-    Not looked at inside torch.compile, where a question about data would break the graph.
+    Not checked inside torch.compile, where a data-dependent branch would break the graph.
     """
     if normalizer is None and not torch.compiler.is_compiling() and not bool(mask.any()):
         raise ValueError(f"{name} of shape {tuple(mask.shape)} is False everywhere: expected at least one token")
@@ -90,18 +96,22 @@ def masked_aggregate(
     normalizer: float | Tensor | None = None,
     max_length: int | None = None,
 ) -> Tensor:
-    """One scalar from per-token values: who weighs how much is a choice of its own, apart from what is averaged.
+    """Aggregate per-token values to a scalar.
 
-    - "token": every token alike, sum / tokens.
-    - "sequence": every sequence alike, whatever its length: the mean of the sequences' means.
-    - "sequence_sum": the mean over sequences of their sums, so a longer one weighs more.
-    - "max_length": the mean over sequences of sum / max_length, a constant, so no length is favoured.
+    - "token": sum / number of tokens.
+    - "sequence": mean over sequences of each sequence's mean.
+    - "sequence_sum": mean over sequences of each sequence's sum, so longer ones have more weight.
+    - "max_length": mean over sequences of sum / max_length, a constant, so that the weight of a token does not depend
+      on the length of its sequence.
 
     Args:
-        values: (B, T). mask: (B, T) bool. A row without a token is no sequence: it adds to neither sum nor count.
-        normalizer: divide by this instead of the local count of tokens ("token") or sequences (the others). Give the
-            count of the whole accumulation window, over all ranks, and eight micro-batches of one add up to one of
-            eight.
+        values: (B, T). mask: (B, T) bool. A row without tokens adds to neither sum nor count.
+        normalizer: divide by this instead of the local count of tokens ("token") or sequences (the others). With the
+            count of the whole accumulation window, over all ranks, eight micro-batches of one row equal one of eight.
+        max_length: tokens, more than 0; needed for "max_length".
+
+    Returns:
+        a scalar.
 
     Raises ValueError for an unknown aggregation, "max_length" without a length, or a mask that is False everywhere
     while no normalizer is given.
@@ -109,7 +119,7 @@ def masked_aggregate(
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"aggregation={aggregation!r}: expected one of {', '.join(AGGREGATIONS)}")
     if aggregation == "max_length" and (max_length is None or max_length <= 0):
-        raise ValueError(f"max_length={max_length}: aggregation 'max_length' expects more than 0")
+        raise ValueError(f"max_length={max_length}: expected more than 0 for aggregation 'max_length'")
     require_tokens(mask, normalizer)
     lengths = mask.sum(-1)
     if aggregation == "token":
@@ -117,6 +127,6 @@ def masked_aggregate(
     per_sequence = masked_sum(values, mask, -1)
     if aggregation == "sequence":
         per_sequence = per_sequence / lengths.clamp(min=1)
-    elif aggregation == "max_length":
+    elif aggregation == "max_length" and max_length is not None:
         per_sequence = per_sequence / max_length
     return per_sequence.sum() / ((lengths > 0).sum() if normalizer is None else normalizer)

@@ -18,8 +18,8 @@ def total_variation(p: Tensor, q: Tensor) -> float:
 def minimise(function: Callable[[Tensor], Tensor], size: int) -> Tensor:
     """The (size,) float64 vector where a smooth `function` is least, from zeros: LBFGS, then Newton's steps.
 
-    A line search compares losses, whose rounding hides the last 1e-8 of the way. Newton's steps see the gradient alone;
-    where the function does not change along a direction (a shift of logits) they stand still.
+    A line search compares losses, whose rounding errors limit it to 1e-8. Newton's steps use the gradient only; along a
+    direction in which the function is constant (a shift of logits) they do not move.
     """
     point = torch.zeros(size, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([point], max_iter=300, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
@@ -44,14 +44,14 @@ class Space:
     """One prompt with K completions."""
 
     reference: Tensor  # (K,) probabilities
-    sampler: Tensor  # (K,) probabilities mu of whoever wrote the completions that were compared
+    sampler: Tensor  # (K,) probabilities mu with which completions appear in pairs
     rewards: Tensor  # (K,)
 
     def __len__(self) -> int:
         return len(self.rewards)
 
     def first(self, count: int) -> Space:
-        """The first few completions, as if the others did not exist."""
+        """The first completions only."""
         reference, sampler = (p[:count] / p[:count].sum() for p in (self.reference, self.sampler))
         return Space(reference, sampler, self.rewards[:count])
 
@@ -61,7 +61,7 @@ class Space:
 
     @property
     def preferences(self) -> Tensor:
-        """(K, K): the chance sigmoid(r_i - r_j) that i is preferred to j (Bradley and Terry 1952)."""
+        """(K, K): the probability sigmoid(r_i - r_j) that i is preferred to j (Bradley and Terry 1952)."""
         return torch.sigmoid(self.rewards[:, None] - self.rewards)
 
 

@@ -1,4 +1,4 @@
-"""What RLHF looks for: the policy with the most reward, less beta times its KL to the reference.
+"""The objective of RLHF: expected reward minus beta times the KL to the reference.
 
     max over pi of   E_pi[r] - beta KL(pi || ref)        has the maximiser   pi* = ref exp(r / beta) / Z
                                                          and the maximum     beta log Z
@@ -18,7 +18,7 @@ BETA = 0.5
 
 
 def expected(estimator: str):
-    """The enumerated E_pi of an estimate, gradient through both: with every outcome counted, nothing is noise."""
+    """The exact E_pi of an estimate, with gradient through both."""
 
     def kl(logits, reference):
         logprobs = logits.log_softmax(-1)
@@ -43,7 +43,7 @@ def best(space, minimise, kl):
 
 @pytest.mark.parametrize("kl", [exact, expected("k1"), expected("k3")], ids=["full", "k1", "k3"])
 def test_the_optimum_is_the_tilted_reference(space, minimise, total_variation, kl):
-    """Without the reference, softmax(r / beta), it would be another one: the check can fail."""
+    """Without the reference it would be softmax(r / beta), which differs: the check can fail."""
     policy, value = best(space, minimise, kl)
     assert total_variation(policy, space.tilted(space.rewards / BETA)) < 1e-8
     assert total_variation(policy, (space.rewards / BETA).softmax(-1)) > 0.1
@@ -52,7 +52,7 @@ def test_the_optimum_is_the_tilted_reference(space, minimise, total_variation, k
 
 
 def test_the_other_direction_of_the_kl_is_another_problem(space, minimise, total_variation):
-    """KL(ref || pi): its optimum gives no completion up, ref / (lambda - r) up to a factor, and is not pi*."""
+    """KL(ref || pi): the optimum is ref / (lambda - r) up to a factor, not pi*."""
     policy, _ = best(space, minimise, lambda logits, reference: kl_full(logits, reference.log(), direction="forward"))
     assert total_variation(policy, space.tilted(space.rewards / BETA)) > 0.01
     # Stationary: r_i + beta ref_i / pi_i is one number lambda for all i.

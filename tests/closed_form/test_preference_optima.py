@@ -1,7 +1,7 @@
-"""Where preference losses end, given endless data: their minimum over every pair of completions is a formula.
+"""The minimum of preference losses in expectation over all pairs of completions, where it is a formula.
 
-A pair (i, j) is seen with the chance mu_i mu_j, and the label says "i is better" with the chance p_ij. With BT labels
-p_ij = sigmoid(r_i - r_j). Throughout a_i = log(pi_i / ref_i).
+A pair (i, j) has probability mu_i mu_j, and the label "i is better" probability p_ij. With Bradley-Terry labels
+p_ij = sigmoid(r_i - r_j). Notation: a_i = log(pi_i / ref_i).
 """
 
 from __future__ import annotations
@@ -12,7 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_core.losses.preference import preference_loss, ranked_preference_loss, unpaired_preference_loss
+from rlhf_core.losses.preference import (
+    Completions,
+    Pairs,
+    preference_loss,
+    ranked_preference_loss,
+    unpaired_preference_loss,
+)
 
 BETA = 0.5
 
@@ -28,8 +34,6 @@ def population_loss(
     lengths = torch.ones(len(space), dtype=torch.int64) if lengths is None else torch.tensor(lengths)
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     chosen, rejected = torch.nonzero(~torch.eye(len(space), dtype=torch.bool), as_tuple=True)
-    if offset is not None:
-        options["margin"] = offset[chosen] - offset[rejected]
 
     def tokens(logprobs: Tensor) -> Tensor:
         return torch.nn.functional.pad(logprobs[:, None], (0, mask.shape[1] - 1))
@@ -37,19 +41,13 @@ def population_loss(
     def loss(parameters: Tensor) -> Tensor:
         policy = tokens(parameters.log_softmax(-1) if normalised else parameters)
         reference = tokens(space.reference.log())
-        value, _ = preference_loss(
-            name,
-            chosen_logprobs=policy[chosen],
-            rejected_logprobs=policy[rejected],
-            ref_chosen_logprobs=reference[chosen],
-            ref_rejected_logprobs=reference[rejected],
-            chosen_mask=mask[chosen],
-            rejected_mask=mask[rejected],
-            beta=beta,
-            pair_weights=space.sampler[chosen] * space.sampler[rejected] * labels[chosen, rejected],
-            normalizer=1,
-            **options,
+        pairs = Pairs(
+            Completions(policy[chosen], mask[chosen], reference[chosen]),
+            Completions(policy[rejected], mask[rejected], reference[rejected]),
+            weights=space.sampler[chosen] * space.sampler[rejected] * labels[chosen, rejected],
+            margin=None if offset is None else offset[chosen] - offset[rejected],
         )
+        value, _ = preference_loss(name, pairs, beta=beta, normalizer=1, **options)
         return value
 
     return loss
@@ -67,7 +65,7 @@ def population_log_ratios(minimise):
 
 
 def flipped(labels: Tensor, rate: float) -> Tensor:
-    """Each label turned round with this chance."""
+    """Each label flipped with this probability."""
     return (1 - rate) * labels + rate * (1 - labels)
 
 
@@ -80,9 +78,9 @@ def spread(values: Tensor) -> float:
 
 @pytest.mark.parametrize("beta", [0.2, 0.5, 2.0])
 def test_dpo(space, population_log_ratios, total_variation, beta):
-    """pi* = ref exp(r / beta) / Z (Rafailov et al. 2023, arXiv:2305.18290, eq. 4 and 7), whoever wrote the pairs.
+    """pi* = ref exp(r / beta) / Z (Rafailov et al. 2023, arXiv:2305.18290, eq. 4 and 7), for any distribution of pairs.
 
-    Each pair by itself wants beta (a_i - a_j) = r_i - r_j, and a_i = r_i / beta + const grants it to all of them.
+    The minimum of each pair is at beta (a_i - a_j) = r_i - r_j, and a_i = r_i / beta + const satisfies all of them.
     """
     policy = space.tilted(population_log_ratios("sigmoid", space, space.preferences, beta=beta))
     assert total_variation(policy, space.tilted(space.rewards / beta)) < 1e-6
@@ -96,7 +94,7 @@ def test_dpo_without_a_reference(space, population_log_ratios, total_variation):
 
 
 def test_dpo_with_offsets(space, population_log_ratios, total_variation):
-    """odpo wants beta (a_i - a_j) - (g_i - g_j) = r_i - r_j: ref exp((r + g) / beta), the offsets are more reward."""
+    """odpo: beta (a_i - a_j) - (g_i - g_j) = r_i - r_j, so ref exp((r + g) / beta): offsets add to the reward."""
     offset = torch.linspace(-1, 1, len(space), dtype=torch.float64).square()
     log_ratios = population_log_ratios("odpo", space, space.preferences, offset=offset)
     assert total_variation(space.tilted(log_ratios), space.tilted((space.rewards + offset) / BETA)) < 1e-6
@@ -105,17 +103,17 @@ def test_dpo_with_offsets(space, population_log_ratios, total_variation):
 LENGTHS = [1, 4, 2, 3, 1, 2, 5, 2]
 
 
-def test_dpo_with_a_price_for_length(space, population_log_ratios, total_variation):
-    """r_dpo wants beta (a_i - a_j) + c (L_i - L_j) = r_i - r_j: the reward is r - c L. A plain DPO sees no length."""
-    charged = space.rewards - 0.3 * torch.tensor(LENGTHS)
+def test_dpo_with_a_length_penalty(space, population_log_ratios, total_variation):
+    """r_dpo: beta (a_i - a_j) + c (L_i - L_j) = r_i - r_j, so the reward is r - c L. DPO ignores lengths."""
+    penalised = space.rewards - 0.3 * torch.tensor(LENGTHS)
     log_ratios = population_log_ratios("r_dpo", space, space.preferences, lengths=LENGTHS, length_coef=0.3)
-    assert total_variation(space.tilted(log_ratios), space.tilted(charged / BETA)) < 1e-6
+    assert total_variation(space.tilted(log_ratios), space.tilted(penalised / BETA)) < 1e-6
     log_ratios = population_log_ratios("sigmoid", space, space.preferences, lengths=LENGTHS)
     assert total_variation(space.tilted(log_ratios), space.tilted(space.rewards / BETA)) < 1e-6
 
 
 def test_dpo_over_mean_log_ratios(space, population_log_ratios):
-    """sigmoid_norm wants beta (a_i / L_i - a_j / L_j) = r_i - r_j, so a_i / L_i = r_i / beta + const."""
+    """sigmoid_norm: beta (a_i / L_i - a_j / L_j) = r_i - r_j, so a_i / L_i = r_i / beta + const."""
     log_ratios = population_log_ratios("sigmoid_norm", space, space.preferences, lengths=LENGTHS)
     assert spread(log_ratios / torch.tensor(LENGTHS) - space.rewards / BETA) < 1e-6
     assert spread(log_ratios - space.rewards / BETA) > 0.1
@@ -142,7 +140,7 @@ def test_ipo_has_a_target_of_its_own(space, population_log_ratios, total_variati
                                                        = a_i - E_mu[a] - t (2 P_i - 1)
 
     which is 0 where a_i = 2 t P_i + const = P_i / beta + const. So the paper's tau is beta, and unlike DPO's the target
-    depends on who wrote the pairs.
+    depends on the distribution of the pairs.
     """
     policy = space.tilted(population_log_ratios("ipo", space, space.preferences))
     assert total_variation(policy, space.tilted(win_rates(space) / BETA)) < 1e-6
@@ -151,7 +149,7 @@ def test_ipo_has_a_target_of_its_own(space, population_log_ratios, total_variati
 
 
 def test_ipo_does_not_need_bradley_terry(space, population_log_ratios, total_variation):
-    """Any preferences will do, here a circle in which each beats the next: nobody has a reward, but all have a P."""
+    """Any preferences, here a cycle in which each beats the next: there are no rewards, but all have a P."""
     order = torch.arange(8)
     labels = torch.where((order[None] - order[:, None]) % 8 < 4, 0.9, 0.1).double()
     labels = torch.where((order[None] - order[:, None]) % 4 == 0, 0.5, labels)
@@ -167,7 +165,7 @@ def test_ipo_over_mean_log_ratios(space, population_log_ratios):
 
 
 def test_ipo_stops_where_dpo_would_not(space, population_log_ratios):
-    """Certain labels: IPO wants a gap of 1 / (2 beta) and no more; DPO's loss has no minimum there at all."""
+    """Certain labels: the minimum of IPO is at a gap of 1 / (2 beta); DPO's loss has no minimum."""
     pair = space.first(2)
     certain = torch.tensor([[0.5, 1.0], [0.0, 0.5]], dtype=torch.float64)
     chosen, rejected = population_log_ratios("ipo", pair, certain).tolist()
@@ -178,15 +176,15 @@ def test_ipo_stops_where_dpo_would_not(space, population_log_ratios):
 
 
 def test_robust_dpo_sees_through_flipped_labels(space, population_log_ratios, total_variation):
-    """One label in five is turned round. `robust` with e = 0.2 is unbiased and reaches pi*.
+    """One label in five is flipped. `robust` with e = 0.2 is unbiased and reaches pi*.
 
-    DPO believes the labels: logit((1 - 2e) p_ij + e) is what it fits with beta (a_i - a_j), nearer to 0 than r_i - r_j.
+    DPO fits beta (a_i - a_j) to logit((1 - 2e) p_ij + e), which is nearer to 0 than r_i - r_j.
     """
     labels, optimum = flipped(space.preferences, 0.2), space.tilted(space.rewards / BETA)
     policy = space.tilted(population_log_ratios("robust", space, labels, label_smoothing=0.2))
     assert total_variation(policy, optimum) < 1e-6
-    believing = space.tilted(population_log_ratios("sigmoid", space, labels))
-    assert total_variation(believing, optimum) > 0.1
+    fitted = space.tilted(population_log_ratios("sigmoid", space, labels))
+    assert total_variation(fitted, optimum) > 0.1
 
 
 def test_robust_dpo_is_unbiased_everywhere(space):
@@ -196,11 +194,11 @@ def test_robust_dpo_is_unbiased_everywhere(space):
     torch.testing.assert_close(robust(logits), population_loss("sigmoid", space, space.preferences)(logits))
 
 
-def test_conservative_dpo_believes_in_flips_that_did_not_happen(space, population_log_ratios, total_variation):
+def test_conservative_dpo_is_dpo_on_flipped_labels(space, population_log_ratios, total_variation):
     """Smoothing clean labels by e is DPO on labels flipped with chance e: the opposite of `robust`."""
     smoothed = population_log_ratios("sigmoid", space, space.preferences, label_smoothing=0.2)
-    believing = population_log_ratios("sigmoid", space, flipped(space.preferences, 0.2))
-    assert total_variation(space.tilted(smoothed), space.tilted(believing)) < 1e-6
+    fitted = population_log_ratios("sigmoid", space, flipped(space.preferences, 0.2))
+    assert total_variation(space.tilted(smoothed), space.tilted(fitted)) < 1e-6
     assert total_variation(space.tilted(smoothed), space.tilted(space.rewards / BETA)) > 0.1
 
 
@@ -229,7 +227,7 @@ def test_f_dpo(space, population_log_ratios, minimise, total_variation, divergen
     """Its minimum is the policy with the most E[r] - beta D_f, D_f = E_ref[f(pi / ref)], found without the library.
 
     There r_i = beta f'(pi_i / ref_i) + const, which is what the loss is built on: checked by itself, four completions.
-    The reverse KL's optimum is another one, so that an option that is ignored would be seen.
+    The optimum of the reverse KL differs, so that an ignored option would be noticed.
     """
     f, slope = F_DIVERGENCES[divergence, alpha]
     four = space.first(4)
@@ -247,19 +245,19 @@ def test_f_dpo(space, population_log_ratios, minimise, total_variation, divergen
         assert total_variation(policy, four.tilted(four.rewards / BETA)) > 0.01
 
 
-# ----------------------------------------------------------------------------------------- losses whose sides are apart
+# ------------------------------------------------------------------------------- losses that are sums over single sides
 
 
 @pytest.mark.parametrize("name", ["sppo_hard", "nca_pair", "bco_pair"])
-def test_losses_that_hold_each_side_by_itself(space, population_log_ratios, name):
-    """Completion i is chosen with chance P_i (against another one) and rejected with 1 - P_i. By a_i alone:
+def test_losses_without_a_difference_of_sides(space, population_log_ratios, name):
+    """Completion i is chosen with probability P_i (against another one) and rejected with 1 - P_i. In terms of a_i:
 
         sppo_hard   P (a - 1/2b)^2 + (1 - P) (a + 1/2b)^2                      least at b a = P - 1/2
         nca_pair    -P log s(b a) - 1/2 (P + 1 - P) log s(-b a)                least at b a = log(2 P)
         bco_pair    -P log s(b a) - (1 - P) log s(-b a)                        least at b a = logit P
 
-    with b = beta and s = sigmoid. The log-probs are free numbers here: a policy that must sum to 1 has one degree of
-    freedom less, and none of the three is met exactly.
+    with b = beta and s = sigmoid. The log-probs are free parameters here: probabilities that sum to 1 have one degree
+    of freedom less, and could not satisfy these equations exactly.
     """
     others = space.preferences @ space.sampler - space.sampler / 2
     chance = others / (1 - space.sampler)
@@ -269,7 +267,7 @@ def test_losses_that_hold_each_side_by_itself(space, population_log_ratios, name
 
 
 def test_bco_without_pairs(space, minimise):
-    """A classifier of good against bad: beta a - delta = logit of the chance of being good. Ten verdicts each."""
+    """A binary classifier: beta a - delta = logit of the probability of being desirable. Ten labels each."""
     good = torch.tensor([1, 3, 5, 8])
     labels = (torch.arange(10) < good[:, None]).flatten()
     reference = space.first(4).reference.log().repeat_interleave(10)[:, None]
@@ -293,7 +291,7 @@ def test_bco_without_pairs(space, minimise):
 
 
 def test_dpo_over_rankings(space, minimise, total_variation):
-    """Every order of three completions, with its Plackett-Luce chance under r: pi* once more."""
+    """Every order of three completions, with its Plackett-Luce probability under r: pi* again."""
     three = space.first(3)
     orders = torch.cartesian_prod(*[torch.arange(3)] * 3)
     orders = orders[orders.sort(-1).values.eq(torch.arange(3)).all(-1)]

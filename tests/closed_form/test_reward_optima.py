@@ -1,4 +1,4 @@
-"""Endless preferences give the rewards back that they came from, up to the constant that no preference can show."""
+"""In expectation, preferences determine the rewards that generated them, up to a constant."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def assert_same_up_to_a_constant(scores: Tensor, rewards: Tensor) -> None:
 
 @pytest.fixture
 def bradley_terry_scores(minimise):
-    """The scores that minimise the expected loss of all ordered pairs, seen as often as mu_i mu_j says."""
+    """The scores that minimise the expected loss over all ordered pairs, with probabilities mu_i mu_j."""
 
     def solve(space, labels: Tensor, *, margins: Tensor | None = None, **options) -> Tensor:
         pairs = list(itertools.permutations(range(len(space)), 2))
@@ -57,7 +57,7 @@ def test_centering_settles_the_constant(space, bradley_terry_scores):
 
 
 def test_bradley_terry_with_margins(space, bradley_terry_scores):
-    """A margin g_i - g_j that depends on who wins must be earned on top: s = r + g."""
+    """A margin g_i - g_j is added to the difference of scores: s = r + g."""
     small = space.first(4)
     bonus = torch.tensor([0.3, -0.2, 0.5, 0.0], dtype=torch.float64)
     scores = bradley_terry_scores(small, small.preferences, margins=bonus[:, None] - bonus)
@@ -90,13 +90,13 @@ def test_plackett_luce(space, minimise, count):
     assert_same_up_to_a_constant(minimise(loss, count), space.rewards[:count])
 
 
-def test_plackett_luce_knows_that_the_last_places_say_less(space, minimise):
-    """Only the winner of three is seen: that is softmax(r), and the full ranking's loss on (winner, rest) is not it."""
+def test_plackett_luce_needs_the_whole_ranking(space, minimise):
+    """If only the winner of three is known, the loss of a full ranking with the rest in random order is biased."""
     rewards = space.rewards[:3]
     rest = [[j for j in range(3) if j != i] for i in range(3)]
 
     def loss(scores: Tensor) -> Tensor:
-        """A coin decides the order of the two losers, as of annotators who do not look at them."""
+        """The order of the two losers is random."""
         total = 0.0
         for winner, chance in enumerate(rewards.softmax(-1)):
             for losers in (rest[winner], rest[winner][::-1]):

@@ -1,7 +1,8 @@
-"""f-DPO's reward differences, against arithmetic that has no overflow."""
+"""f-DPO's reward differences, compared with arithmetic that cannot overflow."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from decimal import Context, Decimal, localcontext
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from rlhf_core.losses.divergence import exp_difference, score_difference
 from rlhf_core.losses.preference import PREFERENCE_LOSSES, preference_loss
+from tests.losses.pairs_of import pairs_of
 
 CASES = [
     ("forward_kl", 0.5),
@@ -64,7 +66,7 @@ def test_by_hand(divergence, alpha, expected):
 @settings(max_examples=50, deadline=None)
 @given(chosen=log_ratios, rejected=log_ratios, lengths=st.tuples(st.integers(1, 9), st.integers(1, 9)))
 def test_equals_exact_arithmetic(divergence, alpha, chosen, rejected, lengths):
-    """In float64, with lengths: to twelve digits of the larger part where a float holds it, saturated beyond."""
+    """In float64, with lengths: relative to the larger part where it is representable, clamped beyond."""
     c, r = (torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in (chosen, rejected))
     c_length, r_length = (torch.tensor([length]) for length in lengths)
     value = score_difference(c, r, divergence=divergence, alpha=alpha, chosen_length=c_length, rejected_length=r_length)
@@ -86,7 +88,7 @@ def test_equals_exact_arithmetic(divergence, alpha, chosen, rejected, lengths):
 @settings(max_examples=50, deadline=None)
 @given(a=st.floats(-80, 80), gap=st.floats(-1e-3, 1e-3))
 def test_nearly_equal_exponentials_keep_their_digits(a, gap):
-    """e^a - e^b = e^a (1 - e^(b - a)): for close exponents the plain difference has lost what expm1 keeps."""
+    """e^a - e^b = e^a (1 - e^(b - a)): for close exponents the plain difference loses digits that expm1 keeps."""
     value = exp_difference(*torch.tensor([a + gap, a], dtype=torch.float64)).item()
     exact_gap = (a + gap) - a
     assert value == pytest.approx(math.exp(a) * math.expm1(exact_gap), rel=1e-12, abs=0)
@@ -114,32 +116,40 @@ F_LOSSES = [name for name, entry in PREFERENCE_LOSSES.items() if entry.f_diverge
 
 
 @pytest.mark.parametrize("name", F_LOSSES)
-@pytest.mark.parametrize(("divergence", "alpha"), CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_no_loss_turns_into_nan(name, divergence, alpha, dtype):
-    """All pairs of log-ratios from -1000 to 1000, as a batch, in the value and the gradient of both sides."""
-    grid = torch.tensor([-1000.0, -100.0, -10.0, 0.0, 10.0, 100.0, 1000.0], dtype=dtype)
-    sides = [each.reshape(-1, 1).clone().requires_grad_() for each in torch.meshgrid(grid, grid, indexing="ij")]
+def test_no_loss_turns_into_nan(name):
+    """All pairs of log-ratios from -1000 to 1000, every divergence, in the value and the gradient of both sides."""
+    values = [-1000.0, -100.0, -10.0, 0.0, 10.0, 100.0, 1000.0]
     smoothing = {"label_smoothing": 0.1} if name == "exo_pair" else {}
-    for row in range(len(sides[0])):
-        c, r = (side[row : row + 1] for side in sides)
-        loss, _ = preference_loss(
-            name, chosen_logprobs=c, rejected_logprobs=r, chosen_mask=torch.ones(1, 1, dtype=torch.bool),
-            rejected_mask=torch.ones(1, 1, dtype=torch.bool), ref_chosen_logprobs=torch.zeros(1, 1, dtype=dtype),
-            ref_rejected_logprobs=torch.zeros(1, 1, dtype=dtype), f_divergence=divergence, f_alpha=alpha, **smoothing,
-            **({"margin": torch.ones(1, dtype=dtype)} if name == "odpo" else {}),
-        )  # fmt: skip
-        gradients = torch.autograd.grad(loss, (c, r))
-        assert not loss.isnan() and not any(gradient.isnan().any() for gradient in gradients)
-        if name == "sigmoid":  # the true value, where it is not saturated
-            z = 0.1 * exactly(c.item(), r.item(), divergence, alpha)
-            truth = max(-z, 0.0) + math.log1p(math.exp(-abs(z)))
-            if truth < torch.finfo(dtype).max ** 0.5 / 1e7:
-                assert loss.item() == pytest.approx(truth, rel=1e-4 if dtype == torch.float32 else 1e-9)
+    for dtype, (divergence, alpha) in itertools.product((torch.float32, torch.float64), CASES):
+        options = dict(f_divergence=divergence, f_alpha=alpha, normalizer=1) | smoothing
+        grid = torch.tensor(values, dtype=dtype)
+        chosen, rejected = (x.reshape(-1, 1).clone() for x in torch.meshgrid(grid, grid, indexing="ij"))
+        # One pair at a time where pairs depend on each other, or to compare each value; otherwise all at once.
+        rows = [slice(i, i + 1) for i in range(49)] if name in ("beta_dpo", "sigmoid") else [slice(0, 49)]
+        for row in rows:
+            c, r = (x[row].requires_grad_() for x in (chosen, rejected))
+            mask, zeros = torch.ones(len(c), 1, dtype=torch.bool), torch.zeros(len(c), 1, dtype=dtype)
+            pairs = pairs_of(
+                chosen_logprobs=c,
+                rejected_logprobs=r,
+                chosen_mask=mask,
+                rejected_mask=mask,
+                ref_chosen_logprobs=zeros,
+                ref_rejected_logprobs=zeros,
+                margin=torch.ones(len(c), dtype=dtype),
+            )
+            loss, _ = preference_loss(name, pairs, **options)
+            gradients = torch.autograd.grad(loss, (c, r))
+            assert not loss.isnan() and not any(gradient.isnan().any() for gradient in gradients)
+            if name == "sigmoid":  # the true value, where it is not clamped
+                z = 0.1 * exactly(c.item(), r.item(), divergence, alpha)
+                truth = max(-z, 0.0) + math.log1p(math.exp(-abs(z)))
+                if truth < torch.finfo(dtype).max ** 0.5 / 1e7:
+                    assert loss.item() == pytest.approx(truth, rel=1e-4 if dtype == torch.float32 else 1e-9)
 
 
-def test_reverse_kl_is_the_default_and_alpha_meets_it():
-    """alpha -> 1 is the reverse KL, alpha = 0 the forward: on both sides the same numbers."""
+def test_reverse_kl_is_the_default_and_a_limit_of_alpha():
+    """alpha -> 1 is the reverse KL, alpha = 0 the forward KL."""
     generator = torch.Generator().manual_seed(0)
     c, r = torch.randn(2, 6, dtype=torch.float64, generator=generator)
     assert torch.equal(score_difference(c, r), c - r)

@@ -1,4 +1,4 @@
-"""Plackett-Luce and RRHF over K completions: numbers by hand, their kinship with the paired losses, ragged lists."""
+"""Plackett-Luce and RRHF over K completions: values by hand, equality with DPO for two, lists of different lengths."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from rlhf_core.losses.preference import preference_loss, ranked_preference_loss
 from rlhf_core.losses.ranking import RANKED_LOSSES
+from tests.losses.pairs_of import pairs_of
 
 NAMES = sorted(RANKED_LOSSES)
 seeds = st.integers(0, 2**32 - 1)
@@ -49,9 +50,9 @@ def test_plackett_luce_by_hand():
 
 
 def test_rrhf_by_hand():
-    """p = (-1, -3/2, -1/2): the third is likelier than the first by 1/2 and than the second by 1, and l of the best -1.
+    """p = (-1, -3/2, -1/2): the third exceeds the first by 1/2 and the second by 1; l of the best is -1.
 
-    With scores that call the first two equal, they are not compared; they added nothing, so it stays 3/2.
+    With equal scores of the first two, they are not compared; they added 0, so the sum stays 3/2.
     """
     loss, stats = ranked_preference_loss("rrhf", **three())
     assert loss.item() == pytest.approx(1.5 + 1)
@@ -80,7 +81,7 @@ def test_two_completions_are_dpo(seed, beta):
         for prefix, what in (("", "logprobs"), ("ref_", "logprobs"), ("", "mask"))
     }
     loss, _ = ranked_preference_loss("plackett_luce", **rows, beta=beta)
-    torch.testing.assert_close(loss, preference_loss("sigmoid", **pairs, beta=beta)[0])
+    torch.testing.assert_close(loss, preference_loss("sigmoid", pairs_of(**pairs), beta=beta)[0])
 
 
 @settings(max_examples=10, deadline=None)

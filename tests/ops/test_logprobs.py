@@ -1,4 +1,4 @@
-"""Log-probs of logits that are already there, and sums over the vocabulary. The fused head has tests of its own."""
+"""Log-probs from existing logits, and sums over the vocabulary. tests/kernels tests the fused head."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_by_hand():
 
 
 def test_the_fused_head_agrees():
-    """linear_logprobs with an identity for its weight sees the same logits."""
+    """linear_logprobs with an identity as its weight has the same logits."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 5, dtype=torch.float64, generator=generator)
     targets = torch.randint(5, (6,), generator=generator)

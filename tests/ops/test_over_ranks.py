@@ -1,4 +1,4 @@
-"""Means, whitening and moments over two processes that talk by gloo, against the whole batch in one."""
+"""Means, whitening and moments over two gloo processes, compared with the whole batch in one process."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def work(rank: int, folder: str) -> None:
     values, mask = values[rows], mask[rows]
     found = reduced(values, mask, all_ranks=True)
     found["alone"] = reduced(values, mask, all_ranks=False)
-    found["nobody"] = masked_whiten(values, torch.zeros_like(mask), all_ranks=True)
-    with pytest.raises(ValueError, match="all_ranks=True: expected numbers without a gradient"):
+    found["empty mask"] = masked_whiten(values, torch.zeros_like(mask), all_ranks=True)
+    with pytest.raises(ValueError, match="all_ranks=True: expected tensors without a gradient"):
         masked_whiten(values.clone().requires_grad_(), mask, all_ranks=True)
     moments = RunningMoments()
-    with pytest.raises(ValueError, match="values hold nan"):  # on both, though one alone has it
+    with pytest.raises(ValueError, match="values hold nan"):  # on both ranks, though only one has it
         moments.update([float("nan") if rank else 1.0], all_ranks=True)
     found["after a fault"] = moments.count
     torch.save(found, Path(folder, f"{rank}.pt"))
@@ -95,14 +95,14 @@ def test_moments_over_ranks_are_those_of_all_values(ranks):
     assert [rank["after a fault"] for rank in ranks] == [0, 0]
 
 
-def test_a_rank_is_alone_where_nobody_asks_for_all(ranks):
+def test_without_all_ranks_a_rank_is_alone(ranks):
     values, mask = batch()
     for rank, rows in zip(ranks, (slice(EDGE), slice(EDGE, None)), strict=True):
         own = reduced(values[rows], mask[rows], all_ranks=False)
         for name, value in own.items():
             torch.testing.assert_close(rank["alone"][name], value)
         assert (rank["alone"]["whitened"] - rank["whitened"]).abs().max() > 0.5
-        assert not rank["nobody"].any()
+        assert not rank["empty mask"].any()
 
 
 def test_one_process_sums_over_itself():

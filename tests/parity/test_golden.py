@@ -1,4 +1,4 @@
-"""The golden files themselves: nothing is missing from them, they say what made them, and they are small."""
+"""The golden files: they are complete, record the versions that wrote them, and are small."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_files():
 
 @pytest.mark.parametrize("file", FILES)
 def test_each_says_what_made_it(file):
-    """The versions are those that the requirements pin, so nobody renews one and forgets the other."""
+    """The recorded versions are those that the requirements pin."""
     golden = read(file)
     pins = "requirements-1.12.txt" if file == "trl_ppo" else "requirements.txt"
     requirements = (Path(__file__).parent / pins).read_text()

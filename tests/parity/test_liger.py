@@ -1,7 +1,7 @@
-"""Our losses against Liger's, from hidden states to their gradient: log-probs are taken from hidden @ weight here.
+"""Our losses compared with Liger's, from hidden states to their gradient: log-probs are taken from hidden @ weight.
 
-Liger takes its log-softmax in float32, ours run in float64. Measured, the two differ by up to 6e-7 (sppo_hard): the
-bound of 1e-6 is what float32 leaves.
+Liger computes its log-softmax in float32, ours run in float64: they differ by up to 6e-7 (sppo_hard), hence the
+tolerance of 1e-6.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pytest
 from torch import Tensor
 
 from rlhf_core.losses.policy import POLICY_LOSSES, kl_loss, policy_loss
-from rlhf_core.losses.preference import preference_loss, unpaired_preference_loss
+from rlhf_core.losses.preference import Completions, Pairs, preference_loss, unpaired_preference_loss
 from rlhf_core.ops.logprobs import logits_logprobs
 from tests.parity.golden import hold, leaf, read
 
@@ -40,20 +40,18 @@ def token_logprobs(hidden: Tensor, weight: Tensor) -> Tensor:
     return logits_logprobs((hidden @ weight.T).flatten(0, 1), ids.flatten())[0].reshape(ids.shape)
 
 
-def paired(name: str | list[str], logprobs: Tensor, **options: Any) -> Tensor:
+def paired(name: str | list[str], logprobs: Tensor, reference: Tensor | None = None, **options: Any) -> Tensor:
     """The first half of the rows is chosen, the second rejected."""
-    chosen, rejected = logprobs.chunk(2)
-    chosen_mask, rejected_mask = given("mask").chunk(2)
-    sides = dict(chosen_logprobs=chosen, rejected_logprobs=rejected)
-    return preference_loss(name, chosen_mask=chosen_mask, rejected_mask=rejected_mask, **sides, **options)[0]
+    references = (None, None) if reference is None else reference.chunk(2)
+    chosen, rejected = map(Completions, logprobs.chunk(2), given("mask").chunk(2), references)
+    return preference_loss(name, Pairs(chosen, rejected), **options)[0]
 
 
 def dpo(logprobs: Tensor, settings: dict[str, Any]) -> Tensor:
-    ref_chosen, ref_rejected = token_logprobs(given("ref_hidden"), given("ref_weight")).chunk(2)
-    references = dict(ref_chosen_logprobs=ref_chosen, ref_rejected_logprobs=ref_rejected)
     if "discopop_tau" in settings:
         settings["tau"] = settings.pop("discopop_tau")
-    return paired(settings.pop("loss_type"), logprobs, **references, **settings)
+    reference = token_logprobs(given("ref_hidden"), given("ref_weight"))
+    return paired(settings.pop("loss_type"), logprobs, reference, **settings)
 
 
 def cpo(logprobs: Tensor, settings: dict[str, Any]) -> Tensor:
@@ -61,7 +59,7 @@ def cpo(logprobs: Tensor, settings: dict[str, Any]) -> Tensor:
 
 
 def simpo(logprobs: Tensor, settings: dict[str, Any]) -> Tensor:
-    return paired(["simpo", "sft"], logprobs, weights=[1.0, settings.pop("alpha")], **settings)
+    return paired(["simpo", "sft"], logprobs, loss_weights=[1.0, settings.pop("alpha")], **settings)
 
 
 def orpo(logprobs: Tensor, settings: dict[str, Any]) -> Tensor:
@@ -83,11 +81,11 @@ def grpo(logprobs: Tensor, settings: dict[str, Any]) -> Tensor:
         options = {}
     level = settings.get("importance_sampling_level", "token")
     shared = dict(ratio_level=level, max_length=MAX_LENGTH if entry.aggregation == "max_length" else None)
-    behaviour, mask = given("logprobs"), given("mask")
-    rows = dict(new_logprobs=logprobs, logprobs=behaviour, advantages=given("advantages"), mask=mask)
+    sampled, mask = given("logprobs"), given("mask")
+    rows = dict(new_logprobs=logprobs, logprobs=sampled, advantages=given("advantages"), mask=mask)
     loss, _ = policy_loss(name, **rows, **options, **shared)
     if settings["beta"]:
-        corrected = dict(logprobs=behaviour) if settings.get("use_bias_correction_kl") else {}
+        corrected = dict(logprobs=sampled) if settings.get("use_bias_correction_kl") else {}
         shared |= dict(estimator="k3", aggregation=entry.aggregation)
         loss = loss + settings["beta"] * kl_loss(logprobs, given("ref_logprobs"), mask, **corrected, **shared)[0]
     return loss

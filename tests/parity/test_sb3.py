@@ -1,4 +1,4 @@
-"""Our advantage estimation against Stable-Baselines3's, an episode a row. Both in float64: they agree to 2e-16."""
+"""Our advantage estimation compared with Stable-Baselines3's, one episode per row, in float64: equal to 2e-16."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Our policy losses and advantages against TRL's, in value and in every token's gradient.
+"""Our policy losses and advantages compared with TRL's, in value and in every token's gradient.
 
-Both in float64, where they agree to 2e-15, far within the bound of 1e-6.
+Both in float64, where they agree to 2e-15, far within the tolerance of 1e-6.
 
-TRL adds the KL and the entropy bonus inside its loss; ours are terms of their own, aggregated the same way.
+TRL adds the KL and the entropy bonus inside its loss; ours are separate terms, aggregated in the same way.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def mask_and_counts(settings: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     aggregation = POLICY_LOSSES[settings["loss_type"]].aggregation
     if "truncated" in settings:
         mask = given("truncated_mask")
-        if aggregation != "token":  # TRL counts the completion that does not take part; we do not unless told
+        if aggregation != "token":  # TRL counts the completion that is masked; ours does with this normalizer
             counts["normalizer"] = len(mask)
     if "num_items_in_batch" in settings:
         counts["normalizer"] = settings["num_items_in_batch"]
@@ -94,13 +94,13 @@ def mask_and_counts(settings: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
 def corrections(settings: dict[str, Any], new_logprobs: Tensor, mask: Tensor) -> dict[str, Any]:
     """TRL multiplies losses by the mask of off-policy completions and by the sampler's importance ratio: `weights`.
 
-    Our vespo takes none. There a completion that is dropped leaves the mask, and the count stays that of all tokens;
-    the sampler's ratio belongs into the ratio that vespo bends.
+    Our vespo takes no weights: a dropped completion is removed from the mask, while the count stays that of all tokens,
+    and the sampler's ratio is part of vespo's own ratio.
     """
-    behaviour, weights = given("logprobs"), torch.ones(mask.shape, dtype=torch.float64)
+    sampled, weights = given("logprobs"), torch.ones(mask.shape, dtype=torch.float64)
     if "off_policy_mask_threshold" in settings:
         threshold = settings["off_policy_mask_threshold"]
-        kept = off_policy_mask(new_logprobs, behaviour, given("advantages"), mask, threshold=threshold)
+        kept = off_policy_mask(new_logprobs, sampled, given("advantages"), mask, threshold=threshold)
         assert kept.any() and not kept.equal(mask)
         if settings["loss_type"] == "vespo":
             return dict(mask=kept, normalizer=mask.sum())
@@ -108,7 +108,7 @@ def corrections(settings: dict[str, Any], new_logprobs: Tensor, mask: Tensor) ->
     if "importance_sampling_ratio" in settings:
         ratio = given(f"{settings['importance_sampling_ratio']}_ratio")
         if settings["loss_type"] == "vespo":
-            return dict(logprobs=behaviour - ratio.log())
+            return dict(logprobs=sampled - ratio.log())
         weights = weights * ratio
     return {} if settings["loss_type"] == "vespo" else dict(weights=weights)
 
@@ -117,14 +117,14 @@ def surrogate_options(settings: dict[str, Any]) -> dict[str, Any]:
     options = {OPTIONS[key]: value for key, value in settings.items() if key in OPTIONS}
     if settings["loss_type"] == "cispo":
         return {"ratio_max": options["clip_high"]}
-    if settings["loss_type"] in ("sapo", "vespo"):  # which do not clip: TRL does not look at the two epsilons there
+    if settings["loss_type"] in ("sapo", "vespo"):  # which do not clip: TRL ignores the two epsilons
         return {key: value for key, value in options.items() if not key.startswith("clip")}
     return options
 
 
 @pytest.mark.parametrize("name", ADVANTAGES.cases)
 def test_advantages(name):
-    """Ours take NaN for a completion that was not scored only with a mask that says so."""
+    """In ours a completion without score (NaN) needs a mask."""
     case, inputs = ADVANTAGES.cases[name], ADVANTAGES.inputs
     scores = inputs[case.settings["rewards"]].double()
     valid = ~scores.isnan()
