@@ -1,10 +1,10 @@
-"""LoRA adapters through PEFT: put on, read, written, folded in, and a second model over the same base weights.
+"""LoRA adapters through PEFT: attach, read, write and merge them, and copy a model without copying its base weights.
 
-    y = W x + (alpha / r) B A x         A (r, in) drawn at random, B (out, r) zero, W as it was (arXiv:2106.09685)
+    y = W x + (alpha / r) B A x         A (r, in) random, B (out, r) zero at first, W unchanged (arXiv:2106.09685)
 
-PEFT's layers are put into the model in place, so it stays the transformers model that everything else here knows, and
-PEFT's own wrapper is kept beside it, for the files. Nothing is ever switched on and off: the model without its adapter
-is a second tree of modules whose parameters are the same tensors (`second_tree`). docs/lora.md says it slowly.
+PEFT's layers are put into the model in place, so its class stays that of transformers; PEFT's own wrapper is kept for
+reading and writing files. Adapters are never switched off and on: the model without its adapter is another tree of
+modules whose parameters are the same tensors (`copy_sharing_weights`). See docs/lora.md.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import functools
 import json
 import logging
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,17 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from rlhf_core.config import LoraConfig
+from rlhf_core.models.route import forget_route
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_NAME = "default"  # PEFT's own for the one adapter of a model
-HEADS = ("score", "classifier")  # a classifier's, by the names that families give it
+_NAME = "default"  # PEFT's name for a model's only adapter
+HEADS = ("score", "classifier")  # names that families give a classifier's head
 _TASKS = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS"}
 
 
 @dataclass(frozen=True)
 class Base:
-    """Which weights a model stands on, and how they are held. Two models with equal ones may share them."""
+    """Which weights an adapter is for, and how they are stored. Models with equal bases can share the weights."""
 
     path: str
     revision: str | None
@@ -45,9 +47,9 @@ class Base:
 
 
 class Adapter:
-    """What a model with an adapter carries beside it: PEFT's wrapper, the base, and where the adapter was read."""
+    """What is kept on a model with an adapter: PEFT's wrapper, the base, and the folder the adapter was read from."""
 
-    def __init__(self, wrapper: Any, base: Base, folder: str | None):
+    def __init__(self, wrapper: Any, base: Base, folder: str | None) -> None:
         self.wrapper, self.base, self.folder = wrapper, base, folder
 
     @property
@@ -57,40 +59,41 @@ class Adapter:
 
 
 def adapter_of(model: nn.Module) -> Adapter | None:
-    """None for a model that has none."""
+    """Return the adapter on a model, None where there is none."""
     return getattr(model, "_rlhf_adapter", None)
 
 
 def is_adapter_key(name: str) -> bool:
-    """Whether a name in a state_dict is an adapter's, and no weight of the base."""
+    """Return whether a name in a state_dict belongs to the adapter, not to the base."""
     return any(part.startswith("lora_") or part == "modules_to_save" for part in name.split("."))
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What an adapter consists of, modules that are trained whole included, by its names in the model's state_dict."""
+    """Return the adapter's tensors, fully trained modules included, by their names in the model's state_dict."""
     return _unshared({name: tensor for name, tensor in model.state_dict().items() if is_adapter_key(name)})
 
 
 @torch.no_grad()
 def load_adapter_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """What `adapter_tensors` gave, put back in place. ValueError where it is another adapter's."""
+    """Copy the result of `adapter_tensors` into the model's adapter. Raises ValueError where names or shapes differ."""
     own = {name: tensor for name, tensor in model.state_dict().items() if is_adapter_key(name)}
     shapes, saved = ({name: tensor.shape for name, tensor in each.items()} for each in (own, tensors))
     if shapes != saved:
-        raise ValueError(f"{len(saved)} tensors of an adapter do not fit the {len(shapes)} of this one")
+        raise ValueError(f"{len(saved)} tensors of an adapter do not fit the {len(shapes)} of the model's adapter")
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
 
 
-# ------------------------------------------------------------------------------------------------------ onto a model
+# ---------------------------------------------------------------------------------------------------------- attaching
 
 
 def attach(model: PreTrainedModel, lora: LoraConfig, base: Base, *, seed: int) -> PreTrainedModel:
-    """Put a new adapter on the model, which then trains nothing else. Returns the model, changed in place.
+    """Put a new adapter on the model and freeze everything else. Return the model, changed in place.
 
-    The matrices A follow from the seed, B are zero: the model says what it said.
+    The matrices A depend on the seed only, B are zero: outputs do not change. A prepared model must be prepared again.
 
-    Raises ValueError where a name in the settings is no module of the model.
+    Raises:
+        ValueError: for a name in the settings that is no module of the model.
     """
     peft = import_peft()
     ties = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
@@ -119,11 +122,14 @@ def attach(model: PreTrainedModel, lora: LoraConfig, base: Base, *, seed: int) -
 
 
 def load_adapter(model: PreTrainedModel, folder: str, base: Base, *, revision: str | None = None) -> PreTrainedModel:
-    """Put the adapter of a PEFT folder (or hub name) on the model it belongs to, ready to be trained on.
+    """Put the adapter of a PEFT folder (or hub name) on its base model, trainable. Return the model, changed in place.
 
     On a sequence classifier it may be the adapter of a language model: the score head is then new, and trained with it.
+    A prepared model must be prepared again.
 
-    Raises ValueError for what is no LoRA, and for one that does not fit the model.
+    Raises:
+        ValueError: for an adapter that is no LoRA or does not fit the model.
+        OSError: for one that cannot be read.
     """
     peft = import_peft()
     config = peft.PeftConfig.from_pretrained(folder, revision=revision)
@@ -131,11 +137,11 @@ def load_adapter(model: PreTrainedModel, folder: str, base: Base, *, revision: s
         found = f"{getattr(config.peft_type, 'value', config.peft_type)}, bias={getattr(config, 'bias', 'none')}"
         raise ValueError(f"{folder}: expected a LoRA adapter without trained biases, found {found}")
     config.inference_mode, config.task_type = False, _task(model)
-    with torch.random.fork_rng(devices=[]):  # drawn only to be written over
+    with torch.random.fork_rng(devices=[]):  # drawn, then overwritten
         _wrap(peft, model, config, base, folder)
-    wrapper = adapter_of(model).wrapper
+    wrapper = _require_adapter(model).wrapper
     ours, saved = _file_tensors(wrapper), _read(peft, folder, revision)
-    heads = {name for name in ours if _is_head(name)}  # already in the model, and copied from there
+    heads = {name for name in ours if _is_head(name)}  # they are in the model already
     missing, unknown = ours.keys() - heads - saved.keys(), saved.keys() - ours.keys() - {*filter(_is_head, saved)}
     if missing or unknown:
         raise ValueError(
@@ -151,18 +157,26 @@ def load_adapter(model: PreTrainedModel, folder: str, base: Base, *, revision: s
 
 
 def _wrap(peft: Any, model: PreTrainedModel, config: Any, base: Base, folder: str | None = None) -> PreTrainedModel:
-    whole = {*(config.modules_to_save or ())} - {*HEADS}
-    whole |= {name for name in HEADS if isinstance(getattr(model, name, None), nn.Module)}
-    config.modules_to_save = sorted(whole) or None
-    kind = {"CAUSAL_LM": peft.PeftModelForCausalLM}.get(
-        config.task_type, peft.PeftModel
-    )  # others name heads of their own
-    with warnings.catch_warnings(action="ignore"):  # it asks transformers by names that are older than both
+    """Put PEFT's layers into the model and keep the wrapper on it. The score head, if any, is trained fully."""
+    fully_trained = {*(config.modules_to_save or ())} - {*HEADS}
+    fully_trained |= {name for name in HEADS if isinstance(getattr(model, name, None), nn.Module)}
+    config.modules_to_save = sorted(fully_trained) or None
+    # PEFT's classes for classifiers would add heads of their own.
+    kind = {"CAUSAL_LM": peft.PeftModelForCausalLM}.get(config.task_type, peft.PeftModel)
+    with warnings.catch_warnings(action="ignore"):  # PEFT reads deprecated attributes of transformers
         wrapper = kind(model, config)
-    config.modules_to_save = sorted(whole) or None  # for the file as it was: PEFT names what is tied another way
+    config.modules_to_save = sorted(fully_trained) or None  # PEFT has replaced the names of tied modules
     config.base_model_name_or_path, config.revision = base.path, base.revision
     model._rlhf_adapter = Adapter(wrapper, base, folder)
+    forget_route(model)
     return model
+
+
+def _require_adapter(model: PreTrainedModel) -> Adapter:
+    adapter = adapter_of(model)
+    if adapter is None:
+        raise ValueError(f"{type(model).__name__}: expected a model with an adapter")
+    return adapter
 
 
 def _task(model: PreTrainedModel) -> str:
@@ -171,11 +185,12 @@ def _task(model: PreTrainedModel) -> str:
 
 
 def _is_head(name: str) -> bool:
-    """Whether it is a tensor of a classifier's head, by its name in an adapter's file."""
+    """Return whether a name in an adapter's file belongs to a classifier's head."""
     return name.startswith(tuple(f"base_model.model.{head}." for head in HEADS))
 
 
 def _kinds(model: nn.Module) -> str:
+    """Return the names of the model's linear layers, for an error message."""
     names = {
         name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
     }
@@ -183,79 +198,85 @@ def _kinds(model: nn.Module) -> str:
 
 
 def _file_tensors(wrapper: nn.Module) -> dict[str, Tensor]:
-    """The adapter by the names it has in PEFT's files."""
-    return import_peft().get_peft_model_state_dict(wrapper, save_embedding_layers=False)
+    """Return the adapter's tensors by their names in PEFT's files."""
+    tensors: dict[str, Tensor] = import_peft().get_peft_model_state_dict(wrapper, save_embedding_layers=False)
+    return tensors
 
 
-# ---------------------------------------------------------------------------------------------------- beside a model
+# ------------------------------------------------------------------------------------------------------ sharing weights
 
 
-def second_tree(model: nn.Module, *, keep_adapter: bool = False) -> nn.Module:
-    """The model without its adapter (or with a copy of it), as modules of its own over the very same base tensors.
+def copy_sharing_weights(model: PreTrainedModel, *, keep_adapter: bool = False) -> PreTrainedModel:
+    """Copy a model with an adapter: new modules over the same base tensors, without the adapter or with a copy of it.
 
-    Nothing but the adapter's copy takes memory, and what one of the two is told (its mode, its hooks, its attention
-    function) the other does not hear. Only what no one trains may be shared: an adapter must be on the model.
+    Only the adapter's copy takes memory. Modes, hooks and the attention implementation of the two are independent. The
+    copy must be prepared.
+
+    Raises:
+        ValueError: for a model without an adapter, whose weights may be trained and so cannot be shared.
     """
-    assert adapter_of(model) is not None
+    _require_adapter(model)
     memo: dict[int, Any] = {id(tensor): tensor for name, tensor in _tensors(model) if not is_adapter_key(name)}
-    for module in model.modules():  # scales and the like, which bitsandbytes keeps beside its weights
-        for beside in (getattr(module, "quant_state", None), getattr(module, "state", None)):
-            if type(beside).__module__.startswith("bitsandbytes"):
-                memo[id(beside)] = beside
-    tree = copy.deepcopy(model, memo)
-    if hasattr(tree, "disable_input_require_grads"):  # a hook of activation checkpointing
-        tree.disable_input_require_grads()
+    for module in model.modules():  # scales and the like, which bitsandbytes stores beside its weights
+        for state in (getattr(module, "quant_state", None), getattr(module, "state", None)):
+            if type(state).__module__.startswith("bitsandbytes"):
+                memo[id(state)] = state
+    duplicate = copy.deepcopy(model, memo)
+    forget_route(duplicate)
+    if hasattr(duplicate, "disable_input_require_grads"):  # a hook of activation checkpointing
+        duplicate.disable_input_require_grads()
     if not keep_adapter:
-        _drop(tree)
-    return tree
+        _remove_adapter(duplicate)
+    return duplicate
 
 
-def scorer_beside(policy: PreTrainedModel, kind: Any, **about: Any) -> PreTrainedModel:
-    """A classifier on a second tree of the policy's trunk, without its adapter; the head is new and says 0.
+def scorer_sharing_weights(policy: PreTrainedModel, kind: Any, settings: Mapping[str, Any]) -> PreTrainedModel:
+    """Return a classifier that shares the weights of the policy's trunk, without its adapter; the new head is zero.
 
     Args:
-        kind: transformers' auto class of it. about: what its config says that the policy's does not.
+        kind: transformers' auto class of the classifier. settings: what its config has that the policy's has not.
     """
-    tree = second_tree(policy)
-    for name, value in about.items():
-        setattr(tree.config, name, value)
+    dtype = getattr(torch, _require_adapter(policy).base.dtype)
+    duplicate = copy_sharing_weights(policy)
+    for name, value in settings.items():
+        setattr(duplicate.config, name, value)
     with torch.device("meta"):
-        scorer = kind.from_config(tree.config)
-    trunk = tree.base_model
+        scorer = kind.from_config(duplicate.config)
+    trunk = duplicate.base_model
     setattr(scorer, scorer.base_model_prefix, trunk)
-    scorer.config = tree.config
+    scorer.config = duplicate.config
     for name in HEADS:
         if isinstance(head := getattr(scorer, name, None), nn.Linear):
-            first = next(trunk.parameters())
-            head.to_empty(device=first.device).to(getattr(torch, adapter_of(policy).base.dtype))
+            head.to_empty(device=next(trunk.parameters()).device).to(dtype)
             for parameter in head.parameters():
                 nn.init.zeros_(parameter)
     for name in ("is_quantized", "is_loaded_in_8bit", "is_loaded_in_4bit", "quantization_method", "hf_quantizer"):
-        if hasattr(tree, name):
-            setattr(scorer, name, getattr(tree, name))
+        if hasattr(duplicate, name):
+            setattr(scorer, name, getattr(duplicate, name))
     return scorer
 
 
-def merged(model: nn.Module) -> nn.Module:
-    """The model with its adapter folded into the weights, W + (alpha / r) B A: plain modules again, a new tree.
+def merged(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of the model with its adapter merged into the weights, W + (alpha / r) B A, as plain modules.
 
     Weights that have no adapter are shared with the model, the others are copies.
 
-    Raises ValueError for a quantised model, whose weights cannot hold the sum.
+    Raises:
+        ValueError: for a quantised model, whose weights cannot store the sum.
     """
-    adapter = adapter_of(model)
-    if adapter.base.quantize != "none":
+    quantize = _require_adapter(model).base.quantize
+    if quantize != "none":
         raise ValueError(
-            f"weights held in {adapter.base.quantize} cannot take an adapter in; load the folder with quantize=none"
+            f"quantize={quantize!r}: expected none to merge an adapter, because quantised weights cannot store the sum"
         )
-    tree = second_tree(model, keep_adapter=True)
-    for module in [*tree.modules()]:
-        if hasattr(module, "base_layer"):  # to be changed, so no longer shared, nor tied to what has no adapter
+    duplicate = copy_sharing_weights(model, keep_adapter=True)
+    for module in [*duplicate.modules()]:
+        if hasattr(module, "base_layer"):  # its weight will change: no longer shared, nor tied to one without adapter
             plain = module.base_layer
             plain.weight = nn.Parameter(plain.weight.detach().clone(), requires_grad=False)
-    wrapper = adapter_of(tree).wrapper
-    del tree._rlhf_adapter
-    with warnings.catch_warnings(action="ignore"):  # it says that it notes in the config what is no longer tied
+    wrapper = _require_adapter(duplicate).wrapper
+    del duplicate._rlhf_adapter
+    with warnings.catch_warnings(action="ignore"):  # PEFT warns that it updates the config of untied weights
         return wrapper.merge_and_unload(safe_merge=True)
 
 
@@ -263,67 +284,72 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
-def _drop(tree: nn.Module) -> None:
-    """Put back what the adapter's modules stand for. PEFT's own `unload` would keep those that are trained whole."""
-    for name, module in [*tree.named_modules()]:
+def _remove_adapter(model: PreTrainedModel) -> None:
+    """Replace the adapter's modules by the base's. PEFT's own `unload` would keep the fully trained ones."""
+    for name, module in [*model.named_modules()]:
         plain = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
         if plain is not None and not is_adapter_key(name):
-            tree.set_submodule(name, plain)
-    del tree.peft_config, tree._rlhf_adapter
+            model.set_submodule(name, plain)
+    del model.peft_config, model._rlhf_adapter
 
 
 # ------------------------------------------------------------------------------------------------------------- files
 
 
 def find_adapter(path: str, revision: str | None) -> dict[str, Any] | None:
-    """The settings in a folder or hub name with an adapter, None where there is none."""
+    """Return the content of adapter_config.json in a folder or hub name; None where there is none."""
     file = find_adapter_config_file(path, revision=revision)
-    return None if file is None else json.loads(Path(file).read_text())
+    if file is None:
+        return None
+    about: dict[str, Any] = json.loads(Path(file).read_text())
+    return about
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As files take them: of tensors that are one, such as tied embeddings, the second and later ones copied."""
+    """Return tensors that share no memory, as safetensors needs: repeated ones, such as tied embeddings, are copied."""
     seen: set[int] = set()
-    apart = {}
+    unshared = {}
     for name, tensor in tensors.items():
-        apart[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
+        unshared[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
         seen.add(tensor.data_ptr())
-    return apart
+    return unshared
 
 
 def head_tensors(folder: str, revision: str | None) -> dict[str, Tensor]:
-    """{"weight": ...} of the classifier's head that was saved with an adapter; empty where there is none."""
+    """Return {"weight": ...} of the classifier's head saved with an adapter; empty where there is none."""
     saved = _read(import_peft(), folder, revision)
     return {name.rpartition(".")[2]: tensor for name, tensor in saved.items() if _is_head(name)}
 
 
 def _read(peft: Any, folder: str, revision: str | None) -> dict[str, Tensor]:
     try:
-        return peft.load_peft_weights(folder, device="cpu", revision=revision)
+        tensors: dict[str, Tensor] = peft.load_peft_weights(folder, device="cpu", revision=revision)
+        return tensors
     except SafetensorError as error:
         raise OSError(f"{folder}: its adapter cannot be read ({error})") from error
 
 
 def base_of(folder: str) -> str | None:
-    """Where the model is that the adapter in a local folder belongs to; None where there is no adapter."""
+    """Return the path of the base of the adapter in a local folder; None where there is no adapter."""
     return (find_adapter(folder, None) or {}).get("base_model_name_or_path")
 
 
 def save_adapter(folder: str | Path, model: PreTrainedModel) -> None:
-    """adapter_model.safetensors and adapter_config.json as PEFT reads them, and the generation config."""
+    """Write adapter_model.safetensors and adapter_config.json as PEFT reads them, and the generation config."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    config = copy.copy(adapter_of(model).config)
+    adapter = _require_adapter(model)
+    config = copy.copy(adapter.config)
     config.inference_mode = True
     if isinstance(config.target_modules, set):
         config.target_modules = sorted(config.target_modules)
     config.save_pretrained(str(folder))
-    save_file(_unshared(_file_tensors(adapter_of(model).wrapper)), Path(folder) / WEIGHTS, metadata={"format": "pt"})
+    save_file(_unshared(_file_tensors(adapter.wrapper)), Path(folder) / WEIGHTS, metadata={"format": "pt"})
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
 
 
 def about_adapter(model: nn.Module) -> dict[str, Any] | None:
-    """What of an adapter its tensors do not say, for what hangs on it; None for a model without one."""
+    """Return the settings of an adapter that change outputs and are not in its tensors; None without an adapter."""
     adapter = adapter_of(model)
     if adapter is None:
         return None
@@ -331,11 +357,12 @@ def about_adapter(model: nn.Module) -> dict[str, Any] | None:
     return {name: getattr(adapter.config, name) for name in names}
 
 
-# ------------------------------------------------------------------------------------------------- what must be there
+# ------------------------------------------------------------------------------------------------ optional packages
 
 
 def import_peft() -> Any:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says which kernels it has not found
+    """Import PEFT. Raises ImportError with the command that installs it."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # silences warnings about missing kernels
     try:
         import peft
     except ImportError as error:
@@ -347,9 +374,9 @@ def import_peft() -> Any:
 
 
 def quantization(base: Base, device: str | torch.device, heads: tuple[str, ...]) -> dict[str, Any]:
-    """Keywords for from_pretrained: bitsandbytes' 8 bits, or 4 bits of kind nf4 with quantised scales (QLoRA).
+    """Return keywords for from_pretrained: bitsandbytes' 8 bits, or 4 bits of type nf4 with quantised scales (QLoRA).
 
-    `heads` are left as they are; without any, transformers leaves the LM head.
+    `heads` are not quantised; without any, transformers does not quantise the LM head.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
@@ -368,34 +395,49 @@ def quantization(base: Base, device: str | torch.device, heads: tuple[str, ...])
     return dict(quantization_config=config, device_map={"": torch.device(device)})
 
 
-def settle_quantized(model: nn.Module) -> None:
-    """One forward for training and for evaluation alike, and for every batch, or the first ratio would not be 1.
+def settle_quantized(model: PreTrainedModel) -> None:
+    """Make quantised layers compute the same in training and evaluation and in every batch.
 
-    bitsandbytes has others where no gradient is wanted: in 8 bits the activations are rounded as well, by scales that
-    hang on what else is in the batch, and in 4 bits some processors multiply in bfloat16. Here weights alone are in few
-    bits; a layer's are unpacked when it runs, and again in the backward pass.
+    Otherwise the first ratio of PPO would not be 1. Without gradient, bitsandbytes computes differently: in 8 bits it
+    also rounds activations, by scales that depend on the rest of the batch, and in 4 bits some processors multiply in
+    bfloat16. Here only weights are quantised; a layer unpacks them when it runs, and again in the backward pass.
 
-    Raises ValueError for a layer that bitsandbytes gets wrong.
+    Raises:
+        ValueError: for a layer that bitsandbytes unpacks wrongly.
     """
     for name, module in model.named_modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-            about, device = module.weight.quant_state, module.weight.device.type
-            if device == "cpu" and about.shape[-1] % about.blocksize:
+            state, device = module.weight.quant_state, module.weight.device.type
+            if device == "cpu" and state.shape[-1] % state.blocksize and not _unpacks_partial_blocks(state.blocksize):
                 raise ValueError(
-                    f"quantize='4bit': {name} has {about.shape[-1]} inputs; expected a multiple of {about.blocksize} "
-                    "on the CPU, where bitsandbytes unpacks others wrongly. quantize=8bit can hold it"
+                    f"quantize='4bit': {name} has {state.shape[-1]} inputs; expected a multiple of {state.blocksize} "
+                    "on this processor, where bitsandbytes unpacks others wrongly. Use quantize=8bit"
                 )
         if type(module).__name__ == "Linear8bitLt":
             module.init_8bit_state()
-            module.__class__ = _steady_eight_bit(type(module))
+            kind: Any = type(module)
+            module.__class__ = _steady_eight_bit(kind)
 
 
 @functools.cache
-def _steady_eight_bit(kind: type) -> type:
+def _unpacks_partial_blocks(blocksize: int) -> bool:
+    """Return whether bitsandbytes unpacks blocks that reach over the end of a row, which depends on the processor."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    weight = torch.linspace(-1, 1, 2 * blocksize).sin().view(4, -1)
+    packed, state = quantize_4bit(weight, quant_type="nf4", blocksize=blocksize)
+    return bool((dequantize_4bit(packed, state) - weight).norm() < 0.2 * weight.norm())
+
+
+@functools.cache
+def _steady_eight_bit(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return a subclass of bitsandbytes' 8-bit layer that never rounds activations."""
+    return type("SteadyLinear8bit", (kind,), {"forward": _eight_bit_forward})
+
+
+def _eight_bit_forward(layer: Any, states: Tensor) -> Tensor:
     from bitsandbytes.autograd._functions import MatMul8bitFp
 
-    def forward(self, states: Tensor) -> Tensor:
-        return MatMul8bitFp.apply(states, self.weight, None, self.bias, self.state)
-
-    return type("SteadyLinear8bit", (kind,), {"forward": forward})
+    output: Tensor = MatMul8bitFp.apply(states, layer.weight, None, layer.bias, layer.state)
+    return output

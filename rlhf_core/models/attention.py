@@ -1,9 +1,9 @@
 """Attention over a packed stream, registered with transformers under the name `rlhf_packed`.
 
-transformers hands the keyword `layout` of a model's forward down to every attention call, activation checkpointing
-included. With a layout the stream is attended by `rlhf_kernels.packed_attention`, on the CPU group by group and on CUDA
-in one kernel: no N x N mask, work linear in the number of sequences. Without one (generation, padded batches) the call
-is transformers' own sdpa attention, so a model needs to be switched only once.
+transformers passes the keyword `layout` of a model's forward on to every attention call, also under activation
+checkpointing. With a layout the call is `rlhf_kernels.packed_attention`, on the CPU group by group and on CUDA in one
+kernel: no N x N mask, work linear in the number of sequences. Without one (generation, padded batches) it is
+transformers' own sdpa attention, so a model is switched only once.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ PACKED = "rlhf_packed"
 
 _MIN_FUSED_HEAD = 16
 
-# Keywords of an attention call that change what attention computes, and that the packed walk does not know.
+# Keywords of an attention call that change its result and that packed attention does not implement.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache")
 
 
@@ -40,20 +41,25 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     layout: AttentionLayout | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention output (1, N, heads, D) of the stream described by `layout`, or of an ordinary batch without one."""
+    """Return the attention output (1, N, heads, D) of the stream that `layout` describes, or of an ordinary batch.
+
+    Raises:
+        NotImplementedError: for a keyword that changes the result and is not implemented.
+    """
     if layout is None:
-        return sdpa_attention_forward(
+        plain: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    if (windows := _walking.get()) is not None:
+        return plain
+    if (windows := _windows.get()) is not None:
         windows.add(sliding_window)
     unknown = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
     if unknown or not kwargs.get("is_causal", True):
-        raise NotImplementedError(f"packed attention does not honour {', '.join(unknown) or 'is_causal=False'}")
-    # What the fused kernel does not take, the walk over the layout's groups does.
-    walk = dropout > 0 or query.dtype == torch.float64 or query.shape[-1] < _MIN_FUSED_HEAD
+        raise NotImplementedError(f"packed attention does not support {', '.join(unknown) or 'is_causal=False'}")
+    # What the fused kernel does not support is computed group by group.
+    by_group = dropout > 0 or query.dtype == torch.float64 or query.shape[-1] < _MIN_FUSED_HEAD
     output = ops_attention.packed_attention(
         query,
         key,
@@ -62,32 +68,34 @@ def packed_attention(
         scale=scaling,
         sliding_window=sliding_window,
         dropout=dropout,
-        impl="torch" if walk else None,
+        impl="torch" if by_group else None,
     )
     return output.transpose(1, 2), None
 
 
-_walking: ContextVar[set[int | None] | None] = ContextVar("rlhf_core_packed_forward", default=None)
+# Not an argument: transformers passes keywords to attention calls, but not to the functions that build masks.
+_windows: ContextVar[set[int | None] | None] = ContextVar("rlhf_core_packed_forward", default=None)
 
 
 @contextlib.contextmanager
 def packed_forward() -> Iterator[set[int | None]]:
-    """Around a packed forward: transformers must build no mask, or it would make an N x N one from the positions.
+    """Run a packed forward inside: transformers builds no mask, where it would build N x N ones from the positions.
 
-    Yields the sliding windows that attention calls are handed meanwhile; an empty set afterwards means that no call
-    came here.
+    Yields the set of sliding windows that attention calls get meanwhile. If it is empty afterwards, no attention call
+    of the model has reached `packed_attention`.
     """
-    outer = _walking.get()
-    windows = set() if outer is None else outer
-    token = _walking.set(windows)
+    outer = _windows.get()
+    windows: set[int | None] = set() if outer is None else outer
+    token = _windows.set(windows)
     try:
         yield windows
     finally:
-        _walking.reset(token)
+        _windows.reset(token)
 
 
-def packed_mask(*args, **kwargs) -> Tensor | None:
-    return sdpa_mask(*args, **kwargs) if _walking.get() is None else None
+def packed_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Return transformers' sdpa mask, or None in a packed forward."""
+    return sdpa_mask(*args, **kwargs) if _windows.get() is None else None
 
 
 AttentionInterface.register(PACKED, packed_attention)

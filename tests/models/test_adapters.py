@@ -17,8 +17,16 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_core.batch import PackedBatch
 from rlhf_core.config import ConfigError, LoraConfig
-from rlhf_core.models.adapters import adapter_of, adapter_tensors, is_adapter_key, load_adapter_tensors, merged
-from rlhf_core.models.forward import find_route, policy_outputs, sequence_scores, token_logprobs, token_values
+from rlhf_core.models.adapters import (
+    adapter_of,
+    adapter_tensors,
+    attach,
+    copy_sharing_weights,
+    is_adapter_key,
+    load_adapter_tensors,
+    merged,
+)
+from rlhf_core.models.forward import policy_outputs, route_of, sequence_scores, token_logprobs, token_values
 from rlhf_core.models.load import (
     freeze,
     load_policy,
@@ -159,7 +167,7 @@ def test_an_adapter_on_the_head_or_the_embeddings(make_folder, plain, batch, tmp
     """The fused head reads the weight alone, so it must not be used; and folded in, tied matrices are two."""
     folder = make_folder(tie_word_embeddings=tied)
     policy, tokenizer = load_policy(folder, device="cpu", lora=LoraConfig(r=4, target_modules=(target, "q_proj")))
-    assert find_route(policy).fused_head == (target != "lm_head")  # asked while the adapter says nothing
+    assert route_of(policy).fused_head == (target != "lm_head")  # found while the adapter changes no output
     disturb(policy)
     truth = plain.logprobs(policy)
     assert torch.allclose(token_logprobs(policy, batch), truth, atol=1e-5)
@@ -208,7 +216,6 @@ def test_the_reference_of_a_new_adapter_shares_every_weight(make_folder, batch, 
 def test_what_one_tree_is_told_the_other_does_not_hear(make_folder):
     folder = make_folder()
     policy, _ = load_policy(folder, device="cpu", lora=LORA, gradient_checkpointing=True)
-    find_route(policy)
     attention = policy.config._attn_implementation
     reference = load_reference(folder, policy=policy, device="cpu")
     reference.set_attn_implementation("eager")
@@ -216,6 +223,20 @@ def test_what_one_tree_is_told_the_other_does_not_hear(make_folder):
     ids = torch.tensor([[3, 4, 5]])
     assert reference.get_input_embeddings()(ids).requires_grad is False
     assert policy.get_input_embeddings()(ids).requires_grad is True
+
+
+def test_a_model_that_an_adapter_changes_must_be_prepared_again(make_folder, batch):
+    folder = make_folder()
+    policy, _ = load_policy(folder, device="cpu", lora=LORA)
+    for changed in (copy_sharing_weights(policy), copy_sharing_weights(policy, keep_adapter=True), merged(policy)):
+        with pytest.raises(ValueError, match="is not prepared"):
+            token_logprobs(changed, batch)
+    plain, _ = load_policy(folder, device="cpu")
+    attach(plain, LORA, adapter_of(policy).base, seed=0)
+    with pytest.raises(ValueError, match="is not prepared"):
+        token_logprobs(plain, batch)
+    with pytest.raises(ValueError, match="expected a model with an adapter"):
+        copy_sharing_weights(load_policy(folder, device="cpu")[0])
 
 
 def test_an_adapter_that_goes_on_has_its_own_start_as_reference(make_folder, batch, tmp_path):
@@ -442,7 +463,7 @@ def test_quantised_layers_are_their_unpacked_weights(make_folder, plain, batch, 
     low, high = {"8bit": (0.005, 0.01), "4bit": (0.085, 0.1)}[quantize]  # of normal weights: 0.0073 and 0.092
     assert low < min(rounding) and max(rounding) < high
     assert type(policy.get_output_embeddings()) is nn.Linear  # the head stays as it was
-    assert find_route(policy).layout == "packed"
+    assert route_of(policy).layout == "packed"
     for model in (policy, twin):
         token_logprobs(model, batch).sum().backward()
     assert torch.allclose(token_logprobs(policy, batch), plain.logprobs(twin), atol=1e-4)
@@ -500,32 +521,37 @@ def test_names_of_modules_that_are_not_there(make_folder):
 
 def test_quantised_weights_are_not_trained_and_take_no_adapter_in(make_folder):
     folder = make_folder()
-    with pytest.raises(ValueError, match="quantize='4bit': weights in so few bits are not trained; expected lora"):
+    with pytest.raises(ValueError, match="quantize='4bit': quantised weights cannot be trained; expected lora"):
         load_policy(folder, device="cpu", quantize="4bit")
     policy, _ = load_policy(folder, device="cpu", quantize="8bit", lora=LORA)
-    with pytest.raises(ValueError, match="weights held in 8bit cannot take an adapter in"):
+    with pytest.raises(ValueError, match="quantize='8bit': expected none to merge an adapter"):
         merged(policy)
     with pytest.raises(ValueError, match="quantize='2bit': expected one of none, 8bit, 4bit"):
         load_policy(folder, device="cpu", quantize="2bit")
 
 
-def test_4_bits_that_would_be_unpacked_wrongly_are_refused(make_folder):
-    """Blocks of 64 numbers that reach over the end of a row are scaled by another block's scale there."""
+@pytest.mark.parametrize("right", [True, False])
+def test_4_bits_that_would_be_unpacked_wrongly_are_refused(make_folder, monkeypatch, right: bool):
+    """On some processors, blocks that reach over the end of a row are scaled by another block's scale there."""
     import bitsandbytes as bnb
+
+    from rlhf_core.models import adapters
 
     weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", blocksize=64)
-    unpacked = bnb.functional.dequantize_4bit(packed, state)
-    assert (unpacked - weight).norm() > 0.2 * weight.norm(), "bitsandbytes has been repaired: allow it again"
-    with pytest.raises(
-        ValueError, match="layers.0.self_attn.q_proj has 32 inputs; expected a multiple of 64 on the CPU"
-    ):
+    error = (bnb.functional.dequantize_4bit(packed, state) - weight).norm() / weight.norm()
+    assert adapters._unpacks_partial_blocks(64) == (error < 0.2)  # so the check agrees with this processor
+    monkeypatch.setattr(adapters, "_unpacks_partial_blocks", lambda blocksize: right)
+    if right:
+        load_policy(make_folder(), device="cpu", lora=LORA, quantize="4bit")
+        return
+    with pytest.raises(ValueError, match="layers.0.self_attn.q_proj has 32 inputs; expected a multiple of 64 on this"):
         load_policy(make_folder(), device="cpu", lora=LORA, quantize="4bit")
 
 
 def test_one_adapter_is_enough(make_folder, tmp_path):
     _, adapter = trained(make_folder(), tmp_path / "adapter")
-    with pytest.raises(ValueError, match="is an adapter, which goes on being trained as it is: leave out the lora"):
+    with pytest.raises(ValueError, match="is an adapter, and training continues with it: expected no lora settings"):
         load_policy(adapter, device="cpu", lora=LORA)
 
 
@@ -534,7 +560,7 @@ def test_a_base_that_is_gone_is_named(make_folder, tmp_path):
     _, adapter = trained(folder, tmp_path / "adapter")
     folder.rename(tmp_path / "moved")
     with pytest.raises(
-        FileNotFoundError, match=f"{adapter} is an adapter of the model in {folder}, which is not there"
+        FileNotFoundError, match=f"{adapter} is an adapter of the model in {folder}, which does not exist"
     ):
         load_policy(adapter, device="cpu")
     settings = json.loads((adapter / "adapter_config.json").read_text())

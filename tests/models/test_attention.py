@@ -63,9 +63,9 @@ def test_a_stream_attends_as_one_softmax_under_its_mask(shapes, share, window, s
 
 
 @pytest.mark.parametrize("keyword", ["softcap", "s_aux", "position_bias", "cache"])
-def test_what_it_does_not_know_it_refuses(keyword):
+def test_unsupported_keywords_are_refused(keyword):
     batch = PackedBatch.pack([([1, 2], [[3]])])
-    with pytest.raises(NotImplementedError, match=f"packed attention does not honour {keyword}"):
+    with pytest.raises(NotImplementedError, match=f"packed attention does not support {keyword}"):
         packed_attention(nn.Module(), *draw(3), layout=batch.layout, **{keyword: 1.0})
     packed_attention(nn.Module(), *draw(3), layout=batch.layout, **{keyword: None})
 

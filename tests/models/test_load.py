@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from rlhf_core.batch import PackedBatch
-from rlhf_core.models.forward import sequence_scores, token_logprobs, token_values
+from rlhf_core.models.forward import route_of, sequence_scores, token_logprobs, token_values
 from rlhf_core.models.load import (
     check_vocabulary,
     load_policy,
@@ -50,6 +50,15 @@ def test_never_silently_half(make_folder, load):
     saved = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     assert saved.dtype == torch.bfloat16
     assert torch.equal(model.get_input_embeddings().weight, saved.float())
+
+
+@every_loader
+def test_every_loader_prepares_the_model(make_folder, load):
+    folder = make_folder()
+    assert route_of(load_any(load, folder)).layout == "packed"
+    assert route_of(load_any(load, folder, layout="padded")).layout == "padded"
+    with pytest.raises(ValueError, match="layout='packed': expected auto or padded"):
+        load_any(load, make_folder("gemma2"), layout="packed")
 
 
 @every_loader

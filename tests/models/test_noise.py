@@ -1,4 +1,4 @@
-"""NEFTune's noise: its size, whom it touches, and that neither layout nor company changes it."""
+"""NEFTune's noise: its size, what it is added to, and that it depends neither on layout nor on other rows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf_core.batch import PackedBatch
-from rlhf_core.models.forward import find_route, token_logprobs
+from rlhf_core.models.forward import prepare, token_logprobs
 from rlhf_core.models.noise import embedding_noise, noisy_embeddings
 from rlhf_core.seeding import generator
 
@@ -48,7 +48,7 @@ def test_a_shared_prompt_is_drawn_once():
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
-def test_layouts_and_company_make_no_difference(make_model, groups, family):
+def test_layouts_and_other_rows_make_no_difference(make_model, groups, family):
     """Packed, padded, and one row at a time: the same log-probs; and others than without noise."""
     model = make_model(family).eval()
     groups = [(prompt, [completion]) for prompt, completions in groups for completion in completions]
@@ -56,8 +56,9 @@ def test_layouts_and_company_make_no_difference(make_model, groups, family):
 
     def run(batch: PackedBatch, layout: str, first: int = 0) -> torch.Tensor:
         numbers = generators(batch.num_completions, first=first)
-        with noisy_embeddings(model, batch, ALPHA, numbers, layout=layout):
-            return token_logprobs(model, batch, layout=layout).detach()
+        prepare(model, layout)
+        with noisy_embeddings(model, batch, ALPHA, numbers):
+            return token_logprobs(model, batch).detach()
 
     packed = run(batch, "packed")
     torch.testing.assert_close(run(batch, "padded"), packed, rtol=1e-4, atol=1e-4)
@@ -67,11 +68,10 @@ def test_layouts_and_company_make_no_difference(make_model, groups, family):
     assert (token_logprobs(model, batch) - packed).abs().max() > 1e-2
 
 
-def test_nothing_stays_behind_and_the_probe_hears_none(make_model, groups):
-    model = make_model("llama")
+def test_no_hook_is_left(make_model, groups):
+    model = prepare(make_model("llama"))
     batch = PackedBatch.pack(groups)
     with noisy_embeddings(model, batch, ALPHA, generators(batch.num_completions)):
-        assert find_route(model).layout == "packed"  # probed before the hook: with it, it would have found faults
         noisy = token_logprobs(model, batch)
     assert not model.get_input_embeddings()._forward_hooks
     plain = token_logprobs(model, batch)
@@ -81,8 +81,8 @@ def test_nothing_stays_behind_and_the_probe_hears_none(make_model, groups):
 
 
 def test_it_reaches_the_gradient_of_the_embeddings(make_model):
-    """Noise is added, not multiplied: each embedding's gradient is there, and is that at the noisy place."""
-    model = make_model("llama")
+    """Noise is added, not multiplied: each embedding has a gradient, taken at the noisy embedding."""
+    model = prepare(make_model("llama"))
     batch = PackedBatch.pack([([1, 2, 3], [[4, 5]])])
     gradients = []
     for alpha in (0.0, ALPHA):

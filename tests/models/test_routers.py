@@ -8,9 +8,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf_core.batch import PackedBatch
 from rlhf_core.losses.sft import sft_loss
-from rlhf_core.models.forward import pair_logprobs, summed_loss, token_logprobs
+from rlhf_core.models.forward import policy_outputs, prepare, summed_loss, token_logprobs
 from rlhf_core.models.load import freeze
-from rlhf_core.models.routers import router_loss
+from rlhf_core.models.routers import has_router_loss
 
 COMMON = dict(
     vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -37,11 +37,10 @@ def test_it_is_the_models_own_on_one_unpadded_row(name, layout):
     model = make_mixture(name)
     own = model(input_ids=ROW, output_router_logits=True).aux_loss
     batch = PackedBatch.pack([(ROW[0, :3].tolist(), [ROW[0, 3:].tolist()])])
-    with router_loss(model, 0.5) as router:
-        token_logprobs(model, batch, layout=layout)
-    assert router.value.item() == pytest.approx(own.item(), rel=1e-5)
-    assert router.term(0.25).item() == pytest.approx(0.5 * 0.25 * own.item(), rel=1e-5)
-    theirs, ours = (torch.autograd.grad(loss, [*model.parameters()], allow_unused=True) for loss in (own, router.value))
+    balance = policy_outputs(prepare(model, layout), batch, router_loss=True).router_loss
+    assert balance.shape == ()
+    assert balance.item() == pytest.approx(own.item(), rel=1e-5)
+    theirs, ours = (torch.autograd.grad(loss, [*model.parameters()], allow_unused=True) for loss in (own, balance))
     moved = 0
     for a, b in zip(theirs, ours, strict=True):
         assert (a is None) == (b is None)
@@ -57,9 +56,7 @@ def test_it_counts_real_tokens_alone():
     batch = PackedBatch.pack(PAIRS, share=False)
     values = []
     for layout in ("packed", "padded"):
-        with router_loss(model, 1.0) as router:
-            token_logprobs(model, batch, layout=layout)
-        values.append(router.value.item())
+        values.append(policy_outputs(prepare(model, layout), batch, router_loss=True).router_loss.item())
     assert values[0] == pytest.approx(values[1], rel=1e-5)
     rows = [[*prompt, *completion] for prompt, completions in PAIRS for completion in completions]
     probs, sent = torch.zeros(4), torch.zeros(4)
@@ -72,45 +69,53 @@ def test_it_counts_real_tokens_alone():
     assert values[0] == pytest.approx(4 * (probs * sent).sum().item(), rel=1e-5)
 
 
-def test_the_reference_is_not_watched_and_nothing_is_asked_without_a_weight():
-    model, reference = make_mixture("mixtral"), freeze(make_mixture("mixtral"))
-    reference.lm_head.weight.data.normal_()
+def test_it_is_the_policys_alone_and_none_unless_requested():
+    model, reference = prepare(make_mixture("mixtral")), prepare(freeze(make_mixture("mixtral")))
+    reference.model.layers[0].mlp.gate.weight.data.normal_()
     batch = PackedBatch.pack(PAIRS)
-    with router_loss(model, 1.0) as alone:
-        token_logprobs(model, batch)
-    with router_loss(model, 1.0) as both:
-        pair_logprobs(model, reference, batch)
-    assert both.value.item() == alone.value.item()
-    with router_loss(model, 0.0) as off:
-        token_logprobs(model, batch)
-    assert off.term() == 0.0 and off.value == 0
-    token_logprobs(model, batch)  # outside: no trace
-    assert alone.value.item() == both.value.item()
+    alone = policy_outputs(model, batch, router_loss=True).router_loss
+    both = policy_outputs(model, batch, reference=reference, router_loss=True).router_loss
+    assert both.item() == alone.item() != policy_outputs(reference, batch, router_loss=True).router_loss.item()
+    assert policy_outputs(model, batch).router_loss is None
+    assert summed_loss(model, batch, lambda logprobs, mask: (logprobs.sum(), {})).router_loss is None
+
+
+def test_with_logits_of_the_models_own():
+    """Where the head is not linear: the same router loss as by the fused head, in the same layout."""
+    model, other = make_mixture("mixtral"), make_mixture("mixtral", logit_scale=0.5)  # Mixtral has no such scale
+    batch = PackedBatch.pack(PAIRS)
+    expected = policy_outputs(prepare(model, "padded"), batch, router_loss=True).router_loss
+    assert not prepare(other).rlhf_route.fused_head
+    for run in (
+        lambda: policy_outputs(other, batch, router_loss=True),
+        lambda: summed_loss(other, batch, lambda logprobs, mask: (logprobs.sum(), {}), router_loss=True),
+    ):
+        assert run().router_loss.item() == expected.item()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_beside_a_loss_that_is_its_own_backward(checkpointing):
-    """SFT's: what the routers get is the sum of both gradients, with activations kept or computed again."""
-    model = make_mixture("mixtral")
+    """SFT's: the routers get the sum of both gradients, with activations stored or recomputed."""
+    model = prepare(make_mixture("mixtral"))
     if checkpointing:
         model.activation_checkpointing_enable()
     batch = PackedBatch.pack([(prompt, completions[:1]) for prompt, completions in PAIRS])
-    with router_loss(model, 0.1) as router:
-        loss, _ = summed_loss(model, batch, lambda logprobs, mask: sft_loss(logprobs, mask, normalizer=5))
-    (loss + router.term()).backward()
+    result = summed_loss(model, batch, lambda *tokens: sft_loss(*tokens, normalizer=5), router_loss=True)
+    (result.loss + 0.1 * result.router_loss).backward()
     gates = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     logprobs = token_logprobs(model, batch)
-    with router_loss(model, 0.1) as router:
-        token_logprobs(model, batch)
-    (-logprobs.sum() / 5 + 0.1 * router.value).backward()
+    balance = policy_outputs(model, batch, router_loss=True).router_loss
+    (-logprobs.sum() / 5 + 0.1 * balance).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gates[name], parameter.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_without_experts_is_refused(make_model):
-    model = make_model("llama")
-    message = "router_aux_coef=0.1: LlamaForCausalLM has no load-balancing loss; expected a"
-    with pytest.raises(ValueError, match=message), router_loss(model, 0.1):
-        token_logprobs(model, PackedBatch.pack(PAIRS))
-    token_logprobs(model, PackedBatch.pack(PAIRS))  # and is not watched any longer
+    model, batch = prepare(make_model("llama")), PackedBatch.pack(PAIRS)
+    assert has_router_loss(make_mixture("olmoe")) and not has_router_loss(model)
+    message = "router_loss=True: LlamaForCausalLM has no load-balancing loss; expected a mixture of experts"
+    with pytest.raises(ValueError, match=message):
+        policy_outputs(model, batch, router_loss=True)
+    with pytest.raises(ValueError, match=message):
+        summed_loss(model, batch, lambda logprobs, mask: (logprobs.sum(), {}), router_loss=True)

@@ -10,7 +10,14 @@ from transformers import AutoModelForTokenClassification
 
 from rlhf_core.batch import PackedBatch
 from rlhf_core.losses.sft import sft_loss
-from rlhf_core.models.forward import policy_outputs, sequence_scores, summed_loss, token_logprobs, token_scores
+from rlhf_core.models.forward import (
+    policy_outputs,
+    prepare,
+    sequence_scores,
+    summed_loss,
+    token_logprobs,
+    token_scores,
+)
 from rlhf_kernels.registry import implementation
 
 LAYOUTS = pytest.mark.parametrize("layout", ["packed", "padded"])
@@ -40,9 +47,9 @@ def test_a_summed_loss_sees_the_supervised_tokens_alone(
     found = []
 
     def ours(model):
-        total, logprobs = summed_loss(model, batch, partial(sft_loss, normalizer=7.0, dft=True), weights=weights)
-        found.append(logprobs)
-        return total[None]
+        result = summed_loss(model, batch, partial(sft_loss, normalizer=7.0, dft=True), weights=weights)
+        found.append(result.logprobs)
+        return result.loss[None]
 
     def truth(model):
         logprobs, total = plain.logprobs(model), 0.0
@@ -55,7 +62,8 @@ def test_a_summed_loss_sees_the_supervised_tokens_alone(
         found.append(torch.where(batch.loss_mask, logprobs.detach(), 0.0))
         return total[None]
 
-    agree(model, ours, twin(model), truth)
+    other = twin(model)
+    agree(prepare(model), ours, other, truth)
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
@@ -72,7 +80,8 @@ def test_the_mean_log_prob_of_the_vocabulary(make_model, twin, groups, plain, ag
     def truth(model):
         return (plain.logits(model) / temperature).log_softmax(-1).mean(-1) * plain.mask
 
-    agree(model, ours, twin(model), truth, tolerance=3e-5)
+    other = twin(model)
+    agree(prepare(model), ours, other, truth, tolerance=3e-5)
 
 
 def test_the_mean_log_prob_with_a_bias_in_the_head(make_model, groups, plain):
@@ -80,30 +89,29 @@ def test_the_mean_log_prob_with_a_bias_in_the_head(make_model, groups, plain):
     model.lm_head.bias = torch.nn.Parameter(torch.randn(61, generator=torch.Generator().manual_seed(0)))
     expected = plain.logits(model).log_softmax(-1).mean(-1) * plain.mask
     batch = PackedBatch.pack(groups)
-    torch.testing.assert_close(
-        policy_outputs(model, batch, mean_logprob=True).mean_logprob, expected, rtol=1e-5, atol=1e-5
-    )
+    mean = policy_outputs(prepare(model), batch, mean_logprob=True).mean_logprob
+    torch.testing.assert_close(mean, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "capped", "bloom"])
-def test_the_likeliest_token_is_that_of_the_logits(make_model, groups, plain, family):
+def test_the_argmax_is_that_of_the_logits(make_model, groups, plain, family):
     model = make_model(family)
     with torch.no_grad():
         logits = plain.logits(model)
     top = logits.argmax(-1)
     groups = [(prompt, [list(c) for c in completions]) for prompt, completions in groups]
     batch = PackedBatch.pack(groups)
-    found = policy_outputs(model, batch, likeliest=True).likeliest
+    found = policy_outputs(prepare(model), batch, is_argmax=True).is_argmax
     assert found.dtype == torch.bool
     assert torch.equal(found, (top == plain.targets) & plain.mask)
-    # Random weights are rarely right: with each row's last token replaced by the likeliest, they are.
+    # Random weights are rarely right: with each row's last token replaced by the argmax, they are.
     lasts = plain.mask.sum(-1) - 1
     row = 0
     for _, completions in groups:
         for completion in completions:
             completion[-1] = top[row, lasts[row]].item()
             row += 1
-    found = policy_outputs(model, PackedBatch.pack(groups), likeliest=True).likeliest
+    found = policy_outputs(model, PackedBatch.pack(groups), is_argmax=True).is_argmax
     assert found[torch.arange(row), lasts].all()
 
 
@@ -118,27 +126,27 @@ def test_scores_along_a_completion_are_those_of_a_token_classifier(
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    batch = PackedBatch.pack(groups, share=share)
+    other, batch = twin(model), PackedBatch.pack(groups, share=share)
 
     def truth(model):
         logits = model(input_ids=plain.input_ids, attention_mask=plain.attention_mask).logits.squeeze(-1)
         return logits.gather(1, plain.predicts + plain.mask.long()) * plain.mask
 
-    agree(model, lambda model: token_scores(model, batch, layout=layout), twin(model), truth)
+    agree(prepare(model, layout), lambda model: token_scores(model, batch), other, truth)
 
 
 @LAYOUTS
 def test_the_last_of_them_is_the_score_of_the_completion(make_scorer, groups, layout):
-    model = make_scorer("llama")
+    model = prepare(make_scorer("llama"), layout)
     batch = PackedBatch.pack(groups, share=True)
-    along = token_scores(model, batch, layout=layout)
+    along = token_scores(model, batch)
     lasts = batch.completion_mask.sum(-1) - 1
-    expected = sequence_scores(model, batch, layout=layout)
+    expected = sequence_scores(model, batch)
     torch.testing.assert_close(along[torch.arange(len(lasts)), lasts], expected)
 
 
 def test_an_ensemble_has_a_score_of_every_member(make_scorer, groups):
-    model = make_scorer("llama")
+    model = prepare(make_scorer("llama"))
     members = torch.nn.Linear(32, 3, bias=False)
     batch, model.score = PackedBatch.pack(groups), members
     scores = sequence_scores(model, batch)
@@ -150,6 +158,6 @@ def test_an_ensemble_has_a_score_of_every_member(make_scorer, groups):
 
 
 def test_log_probs_are_of_all_completion_tokens_whatever_is_supervised(make_model, groups):
-    model, flags = make_model("llama"), flags_of(groups)
+    model, flags = prepare(make_model("llama")), flags_of(groups)
     partly = PackedBatch.pack([(*group, one) for group, one in zip(groups, flags, strict=True)])
     torch.testing.assert_close(token_logprobs(model, partly), token_logprobs(model, PackedBatch.pack(groups)))
