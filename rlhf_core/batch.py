@@ -1,43 +1,43 @@
 """`PackedBatch`: every prompt once, its completions after it, no padding.
 
-All of RLHF looks at *a prompt with K completions*: one for SFT and PPO, two for a preference pair, K for a ranking. A
-`PackedBatch` lays the real tokens of a micro-batch end to end in a single row, so no padding token is ever embedded
-and a prompt that several completions share is computed once, forward and backward:
+All of RLHF works on *a prompt with K completions*: one for SFT and PPO, two for a preference pair, K for a ranking. A
+`PackedBatch` concatenates the tokens of a micro-batch in a single row, so that no padding token is embedded and a
+prompt that several completions share is computed once, forward and backward:
 
     stream      P P P P A A A B B B B | P P C C C
     position    0 1 2 3 4 5 6 4 5 6 7 | 0 1 2 3 4        a completion's positions continue its prompt's
 
-A token sees its own stretch causally and all of its prompt, nothing else. `P P P P A A A` is therefore one plain causal
-sequence (a *run*), and only the second and later completions of a prompt (`B B B B`, a *branch*) need keys from
-elsewhere in the stream.
+A token attends causally to its own completion and to its whole prompt, and to nothing else. `P P P P A A A` is
+therefore a plain causal sequence (a *run*), and only the second and later completions of a prompt (`B B B B`, a
+*branch*) need keys from elsewhere in the stream.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# Prompt ids, and the ids of each completion; perhaps also which of each completion's tokens a loss counts (None: all).
+# Prompt ids, the ids of each completion, and optionally which tokens of each completion a loss counts (None: all).
 Group = (
     tuple[Sequence[int], Sequence[Sequence[int]]]
     | tuple[Sequence[int], Sequence[Sequence[int]], Sequence[Sequence[bool]] | None]
 )
 
-# A run shorter than this is attended together with others of like length: the call alone would cost more than its work.
+# Shorter runs share an attention call with others of similar length: the overhead of a call would exceed its work.
 _SHORT_RUN = 64
-# Lengths inside one joint call differ by at most this share of the longest, which bounds the wasted work.
+# Lengths in a shared call differ by at most this fraction of the longest, which bounds the wasted work.
 _LENGTH_SLACK = 0.15
-# Sharing pays when the prompt saved outweighs the masked attention that a branch costs (benchmarks/prefix_sharing.py).
+# A prompt is shared where that saves more than the masked attention of a branch costs (benchmarks/prefix_sharing.py).
 _SHARE_MIN_PROMPT = 16
 _SHARE_MIN_RATIO = 0.25
 
 
 class Span(NamedTuple):
-    """Where one completion and its prompt lie in the stream (half-open ranges)."""
+    """The half-open ranges of a completion and its prompt in the stream."""
 
     prompt_start: int
     prompt_end: int
@@ -47,10 +47,10 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionGroup:
-    """Stretches of the stream that one attention call serves: query i of a row sees keys 0 .. prefix + i.
+    """Ranges of the stream that share an attention call: query i of a row attends to keys 0 .. prefix + i.
 
-    A single run is kept as `span`, which slices the stream without a copy. Otherwise `queries` (G, L) and `keys`
-    (G, prefix + L) hold stream positions; rows shorter than L repeat their last token, which no kept query can see.
+    A single run is stored as `span`, which slices the stream without a copy. Otherwise `queries` (G, L) and `keys`
+    (G, prefix + L) are stream positions; rows shorter than L repeat their last token, which no other query attends to.
     """
 
     prefix: int
@@ -61,9 +61,9 @@ class AttentionGroup:
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """How attention walks through the stream; handed to the model as the keyword argument `layout`.
+    """The attention calls of a batch; passed to the model as the keyword argument `layout`.
 
-    `restore` (N,) puts the concatenated outputs of all groups back into stream order; None where they already are.
+    `restore` (N,) indexes the concatenated outputs of all groups in stream order; None where they are in that order.
     """
 
     groups: tuple[AttentionGroup, ...]
@@ -74,37 +74,43 @@ class AttentionLayout:
 class PackedBatch:
     """One micro-batch. N stream tokens, B completions, M completion tokens, T tokens in the longest completion.
 
-    Completions are numbered in the order given to `pack`; the M tokens go completion by completion.
+    Completions are in the order given to `pack`, and the M tokens in that of the completions.
     """
 
     input_ids: Tensor  # (N,) the stream
     position_ids: Tensor  # (N,)
     layout: AttentionLayout
     completion_mask: Tensor  # (B, T) bool, True = a token of the completion, its EOS included
-    loss_mask: Tensor  # (B, T) bool, True = a completion token that is learned; all are, where nothing else is said
+    loss_mask: Tensor  # (B, T) bool, True = a completion token that a loss counts; by default all
     targets: Tensor  # (M,) completion tokens
     predict_rows: Tensor  # (M,) stream row whose hidden state predicts each target: the token before it
     last_rows: Tensor  # (B,) stream row of each completion's last token
-    slots: Tensor  # (M,) place of each target in a flattened (B, T)
+    slots: Tensor  # (M,) index of each target in the flattened (B, T)
     spans: tuple[Span, ...]  # B of them
 
     @classmethod
     def pack(cls, groups: Iterable[Group], *, share: bool | str = "auto", width: int | None = None) -> PackedBatch:
         """Pack prompts with their completions, in time and memory linear in their tokens.
 
-        `share=True` computes the prompt of several completions once; `False` repeats it before each of them; `"auto"`
-        shares unless the prompt is so short that sharing costs more than it saves. `width` asks for T columns where
-        tensors of a larger batch must line up. A group may have a third part, which tokens of each completion the
-        loss counts. Raises ValueError for an empty batch, prompt or completion (the first token of a completion is
-        predicted from the last token of its prompt: give at least the BOS token), for flags that do not match their
-        completion, and for a completion with no token to learn.
+        Args:
+            groups: of prompt ids, the ids of each completion, and optionally which tokens of each a loss counts.
+            share: True computes the prompt of several completions once, False repeats it before each of them, "auto"
+                shares it unless it is so short that sharing costs more than it saves.
+            width: number of columns T; None: the longest completion.
+
+        Raises:
+            ValueError: an empty batch, prompt or completion (the first token of a completion is predicted from the last
+                token of its prompt: give at least the BOS token), flags that do not match their completion, or a
+                completion without a supervised token.
         """
         if share not in (True, False, "auto"):
             raise ValueError(f"share={share!r}: expected True, False or 'auto'")
-        stream, positions, spans = [], [], []
+        stream: list[int] = []
+        positions: list[Tensor] = []
+        spans: list[Span] = []
         runs: list[tuple[int, int]] = []
         branches: list[tuple[int, int, int, int]] = []
-        partly: dict[int, Sequence[bool]] = {}  # of those completions that are not learned whole, their flags
+        partly: dict[int, Sequence[bool]] = {}  # flags of the completions that are supervised in part
         for number, (prompt, completions, *rest) in enumerate(groups):
             if len(prompt) == 0 or len(completions) == 0 or any(len(completion) == 0 for completion in completions):
                 raise ValueError(
@@ -167,30 +173,30 @@ class PackedBatch:
 
     @property
     def num_tokens(self) -> int:
-        """N: tokens that go through the model."""
+        """N, the tokens that the model computes."""
         return self.input_ids.numel()
 
     @property
     def num_completion_tokens(self) -> int:
-        """M: tokens that a loss can see."""
+        """M, the completion tokens."""
         return self.targets.numel()
 
     @property
     def num_supervised_tokens(self) -> int:
-        """Those of them that it is to count."""
+        """The completion tokens that a loss counts."""
         return int(self.loss_mask.sum())
 
     def scatter(self, values: Tensor) -> Tensor:
-        """(M,) values of completion tokens -> (B, T), zero where there is no token."""
+        """Scatter (M,) values of completion tokens to (B, T), with 0 where there is no token."""
         flat = values.new_zeros(self.completion_mask.numel())
         return flat.index_copy(0, self.slots, values).view(self.completion_mask.shape)
 
     def completion_ids(self) -> Tensor:
-        """(B, T) completion tokens, 0 where there is none."""
+        """Return (B, T) completion tokens, 0 where there is none."""
         return self.scatter(self.targets)
 
     def padded(self) -> PaddedBatch:
-        """The same sequences one to a row, padded on the right, for models that cannot read the stream."""
+        """Return the same sequences one to a row, padded on the right, for models that cannot read the stream."""
         lengths = [span.prompt_end - span.prompt_start + span.end - span.start for span in self.spans]
         width = max(lengths)
         input_ids = self.input_ids.new_zeros(len(lengths), width)
@@ -208,11 +214,15 @@ class PackedBatch:
         )
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        return self if self.input_ids.device == torch.device(device) else _move(self, device)
+        """Return the batch with all tensors on `device`."""
+        if self.input_ids.device == torch.device(device):
+            return self
+        moved: PackedBatch = _move(self, device)
+        return moved
 
 
 class PaddedBatch(NamedTuple):
-    """`PackedBatch.padded()`: B rows of L columns. Padding is told by the mask alone; its id means nothing."""
+    """`PackedBatch.padded()`: B rows of L columns. Only the mask distinguishes padding; its token id has no meaning."""
 
     input_ids: Tensor  # (B, L)
     attention_mask: Tensor  # (B, L) long, 1 = real
@@ -223,7 +233,7 @@ class PaddedBatch(NamedTuple):
 def _supervised(
     number: int, completions: Sequence[Sequence[int]], supervised: Sequence[Sequence[bool]] | None = None
 ) -> Sequence[Sequence[bool] | None]:
-    """The flags of each completion of group `number`, checked; None for a completion that is learned whole."""
+    """Return the checked flags of each completion of group `number`; None for one that is supervised throughout."""
     if supervised is None:
         return [None] * len(completions)
     lengths, flag_lengths = [len(completion) for completion in completions], [len(flags) for flags in supervised]
@@ -232,7 +242,7 @@ def _supervised(
             f"group {number}: completions of {lengths} tokens and flags for {flag_lengths}, expected as many"
         )
     if not all(any(flags) for flags in supervised):
-        raise ValueError(f"group {number}: a completion has no token to learn, expected at least one")
+        raise ValueError(f"group {number}: a completion has no supervised token, expected at least one")
     return [None if all(flags) else flags for flags in supervised]
 
 
@@ -242,7 +252,7 @@ def _worth_sharing(prompt: Sequence[int], completions: Sequence[Sequence[int]]) 
 
 
 def stream_length(prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> int:
-    """How many tokens `pack` makes of one prompt and its completions."""
+    """Return the number of stream tokens of one prompt and its completions."""
     shared = len(completions) < 2 or _worth_sharing(prompt, completions)
     return len(prompt) * (1 if shared else len(completions)) + sum(map(len, completions))
 
@@ -251,29 +261,15 @@ def _attention_layout(
     runs: list[tuple[int, int]], branches: list[tuple[int, int, int, int]], num_tokens: int
 ) -> AttentionLayout:
     """Divide the stream into attention calls: long runs alone, short ones and the branches of one prompt together."""
-    calls: list[tuple[AttentionGroup, Tensor, Tensor]] = []  # with its (G, L) query positions, and which are real
-
-    def call(prefix: Tensor, bucket: list[tuple[int, int]]) -> None:
-        queries, real = _positions(bucket)
-        if len(bucket) == 1 and len(prefix) == 0:
-            group = AttentionGroup(prefix=0, span=bucket[0])
-        else:
-            keys = torch.cat([prefix.expand(len(bucket), -1), queries], dim=1)
-            group = AttentionGroup(prefix=len(prefix), queries=queries, keys=keys)
-        calls.append((group, queries, real))
-
-    nothing = torch.empty(0, dtype=torch.long)
-    for run in runs:
-        if run[1] - run[0] >= _SHORT_RUN:
-            call(nothing, [run])
-    for bucket in _by_length([run for run in runs if run[1] - run[0] < _SHORT_RUN]):
-        call(nothing, bucket)
+    no_prefix = torch.empty(0, dtype=torch.long)
+    buckets = [(no_prefix, [run]) for run in runs if run[1] - run[0] >= _SHORT_RUN]
+    buckets += [(no_prefix, bucket) for bucket in _by_length([run for run in runs if run[1] - run[0] < _SHORT_RUN])]
     by_prompt: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for prompt_start, prompt_end, start, end in branches:
         by_prompt.setdefault((prompt_start, prompt_end), []).append((start, end))
     for prompt, completions in by_prompt.items():
-        for bucket in _by_length(completions):
-            call(torch.arange(*prompt), bucket)
+        buckets += [(torch.arange(*prompt), bucket) for bucket in _by_length(completions)]
+    calls = [_attention_call(prefix, bucket) for prefix, bucket in buckets]
 
     calls.sort(key=lambda item: int(item[1][0, 0]))
     positions = torch.cat([queries.flatten() for _, queries, _ in calls])
@@ -284,11 +280,20 @@ def _attention_layout(
     return AttentionLayout(tuple(group for group, _, _ in calls), None if in_order else restore)
 
 
-def _by_length(stretches: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """Buckets of stretches whose lengths differ by at most `_LENGTH_SLACK` of the longest."""
+def _attention_call(prefix: Tensor, bucket: list[tuple[int, int]]) -> tuple[AttentionGroup, Tensor, Tensor]:
+    """Return one attention call, its (G, L) query positions, and which of them are not repetitions."""
+    queries, real = _positions(bucket)
+    if len(bucket) == 1 and len(prefix) == 0:
+        return AttentionGroup(prefix=0, span=bucket[0]), queries, real
+    keys = torch.cat([prefix.expand(len(bucket), -1), queries], dim=1)
+    return AttentionGroup(prefix=len(prefix), queries=queries, keys=keys), queries, real
+
+
+def _by_length(ranges: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Return buckets of ranges whose lengths differ by at most `_LENGTH_SLACK` of the longest."""
     buckets: list[list[tuple[int, int]]] = []
     longest = 0
-    for start, end in sorted(stretches, key=lambda stretch: stretch[0] - stretch[1]):
+    for start, end in sorted(ranges, key=lambda bounds: bounds[0] - bounds[1]):
         if buckets and end - start >= (1 - _LENGTH_SLACK) * longest:
             buckets[-1].append((start, end))
         else:
@@ -297,16 +302,16 @@ def _by_length(stretches: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
     return buckets
 
 
-def _positions(stretches: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """(G, L) stream positions, shorter rows repeating their last one, and (G, L) bool, True = not such a repeat."""
-    starts = torch.tensor([start for start, _ in stretches])[:, None]
-    ends = torch.tensor([end for _, end in stretches])[:, None]
-    positions = starts + torch.arange(max(end - start for start, end in stretches))
+def _positions(ranges: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """Return (G, L) stream positions, with the last repeated in shorter rows, and (G, L) bool, False = a repetition."""
+    starts = torch.tensor([start for start, _ in ranges])[:, None]
+    ends = torch.tensor([end for _, end in ranges])[:, None]
+    positions = starts + torch.arange(max(end - start for start, end in ranges))
     return torch.minimum(positions, ends - 1), positions < ends
 
 
-def _move(value, device):
-    """Tensors of nested dataclasses and tuples, moved."""
+def _move(value: Any, device: torch.device | str) -> Any:
+    """Move the tensors of nested dataclasses and tuples."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, PackedBatch | AttentionLayout | AttentionGroup):

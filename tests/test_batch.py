@@ -1,4 +1,4 @@
-"""The packed layout, against builders that write every place down by hand and every sight line as a set."""
+"""The packed layout, against a naive builder of every index and of the set of tokens that each token attends to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rlhf_core.batch import AttentionLayout, PackedBatch
 
-# Every token of a generated batch is another number, so that a token says where it came from.
+# All tokens of a generated batch are different numbers, so that a token identifies its position.
 Shape = tuple[int, tuple[int, ...]]  # tokens of the prompt, and of each completion
 
 
@@ -25,7 +25,7 @@ def groups_of(shapes: list[Shape]) -> list[tuple[list[int], list[list[int]]]]:
     return [(take(prompt), [take(length) for length in completions]) for prompt, completions in shapes]
 
 
-# Mostly short, sometimes on either side of the lengths where the layout changes its mind (16, 64 tokens).
+# Mostly short, sometimes just below and above the lengths at which the layout changes (16, 64 tokens).
 lengths = st.integers(1, 9) | st.sampled_from([15, 16, 17, 40, 63, 64, 65, 80])
 shapes = st.lists(st.tuples(lengths, st.lists(lengths, min_size=1, max_size=4).map(tuple)), min_size=1, max_size=5)
 shares = st.sampled_from([True, False, "auto"])
@@ -39,13 +39,15 @@ def shares_by_rule(prompt: int, completions: tuple[int, ...], share: bool | str)
 
 @dataclasses.dataclass
 class Naive:
-    """What a batch must hold, written down token by token; `sees[n]` is the set of stream places that n may see."""
+    """The expected batch, built token by token; `sees[n]` is the set of stream positions that n attends to."""
 
     stream: list[int] = dataclasses.field(default_factory=list)
     positions: list[int] = dataclasses.field(default_factory=list)
     sees: list[set[int]] = dataclasses.field(default_factory=list)
-    prompts: list[list[int]] = dataclasses.field(default_factory=list)  # of each completion, its prompt's places
-    completions: list[list[int]] = dataclasses.field(default_factory=list)  # of each completion, its own places
+    prompts: list[list[int]] = dataclasses.field(
+        default_factory=list
+    )  # for each completion, the positions of its prompt
+    completions: list[list[int]] = dataclasses.field(default_factory=list)  # for each completion, its positions
 
     @classmethod
     def build(cls, groups, share) -> Naive:
@@ -70,7 +72,7 @@ class Naive:
 
 
 def attended(layout: AttentionLayout, num_tokens: int) -> list[tuple[int, list[int]]]:
-    """The layout read naively, as (query, keys it sees) of each output row, in stream order after `restore`."""
+    """Return (query, keys that it attends to) of each output row of a layout, in stream order after `restore`."""
     rows: list[tuple[int, list[int]]] = []
     for group in layout.groups:
         if group.span is not None:
@@ -157,7 +159,7 @@ def test_the_same_batch_padded(shapes: list[Shape], share: bool | str):
     flat = padded.input_ids.flatten()
     assert torch.equal(flat[padded.predict_rows], batch.input_ids[batch.predict_rows])
     assert torch.equal(flat[padded.last_rows], batch.input_ids[batch.last_rows])
-    # The token after a row that predicts is what it predicts, in its own line.
+    # Each row predicts the token that follows it in its own sequence.
     assert torch.equal(flat[padded.predict_rows + 1], batch.targets)
 
 
@@ -182,7 +184,7 @@ def test_scatter_puts_values_where_the_mask_is(shapes: list[Shape], share: bool 
 
 @st.composite
 def flagged(draw) -> tuple[list[Shape], list[list[list[bool]] | None]]:
-    """Shapes, and for each group None or flags that leave every completion something to learn."""
+    """Shapes, and for each group None or flags with a supervised token in every completion."""
     chosen = draw(shapes)
 
     def some(length: int) -> st.SearchStrategy[list[bool]]:
@@ -194,7 +196,7 @@ def flagged(draw) -> tuple[list[Shape], list[list[list[bool]] | None]]:
 @given(flagged(), shares, st.integers(0, 5))
 @settings(deadline=None, max_examples=50)
 def test_the_loss_mask_holds_each_flag_where_its_token_is(case, share: bool | str, extra: int):
-    """Of the stream and of its padded rows alike: their tokens, put in their slots, are flagged one by one."""
+    """For the stream and its padded rows: the flags of their tokens, compared one by one."""
     shapes, flags = case
     groups = groups_of(shapes)
     width = max(max(completions) for _, completions in shapes) + extra
@@ -212,7 +214,7 @@ def test_the_loss_mask_holds_each_flag_where_its_token_is(case, share: bool | st
     padded = batch.padded()
     for targets in (batch.targets, padded.input_ids.flatten()[padded.predict_rows + 1]):
         assert {*batch.scatter(targets)[batch.loss_mask].tolist()} == learned
-    # All but the loss mask is as without flags.
+    # Everything except the loss mask is as without flags.
     plain = PackedBatch.pack(groups, share=share, width=width)
     assert torch.equal(plain.loss_mask, plain.completion_mask) and torch.equal(batch.completion_mask, plain.loss_mask)
     for ours, theirs in zip(
@@ -222,7 +224,7 @@ def test_the_loss_mask_holds_each_flag_where_its_token_is(case, share: bool | st
 
 
 def test_flags_of_a_shared_prompt_by_hand():
-    """Of A A A the last two, of B B all: five places, of which one is not learned."""
+    """Of A A A the last two, of B B all: five places, of which one is not supervised."""
     prompt = list(range(20))
     batch = PackedBatch.pack([(prompt, [[30, 31, 32], [40, 41]], [[False, True, True], [True, True]])], share=True)
     assert batch.loss_mask.int().tolist() == [[0, 1, 1], [1, 1, 0]]
@@ -236,7 +238,7 @@ def test_flags_of_a_shared_prompt_by_hand():
     [
         ([[True]], r"group 1: completions of \[2, 1\] tokens and flags for \[1\], expected as many"),
         ([[True], [True]], r"group 1: completions of \[2, 1\] tokens and flags for \[1, 1\], expected as many"),
-        ([[True, True], [False]], "group 1: a completion has no token to learn"),
+        ([[True, True], [False]], "group 1: a completion has no supervised token"),
     ],
 )
 def test_flags_that_do_not_fit_are_an_error(flags, message: str):
@@ -252,7 +254,7 @@ def test_flags_that_do_not_fit_are_an_error(flags, message: str):
     [
         (16, (64, 10), True),  # exactly a quarter of the longest completion
         (16, (65, 10), False),  # a little less than a quarter
-        (16, (10, 65), False),  # the longest counts, wherever it stands
+        (16, (10, 65), False),  # the longest counts, in any order
         (15, (1, 1), False),  # a short prompt saves nothing
         (17, (3, 3), True),
         (100, (400, 1), True),
@@ -299,7 +301,7 @@ def test_an_unknown_way_to_share_is_an_error():
 
 
 def tensors_of(value) -> list[torch.Tensor]:
-    """Every tensor inside, however deep."""
+    """Yield every tensor of a nested value."""
     if isinstance(value, torch.Tensor):
         return [value]
     if dataclasses.is_dataclass(value):
@@ -310,7 +312,7 @@ def tensors_of(value) -> list[torch.Tensor]:
 def test_to_moves_every_tensor():
     batch = PackedBatch.pack(groups_of([(20, (5, 9, 7)), (2, (70,)), (4, (3, 4))]), share=True)
     assert batch.to("cpu") is batch
-    moved = batch.to("meta")  # a device without a memory, which every machine has
+    moved = batch.to("meta")  # a device that exists on every machine
     assert len(tensors_of(batch)) > 10
     assert {tensor.device.type for tensor in tensors_of(moved)} == {"meta"}
     assert [tensor.shape for tensor in tensors_of(moved)] == [tensor.shape for tensor in tensors_of(batch)]
@@ -327,12 +329,12 @@ def test_a_token_sees_its_own_stretch_and_all_of_its_prompt_and_nothing_else(sha
     batch, naive = PackedBatch.pack(groups, share=share), Naive.build(groups, share)
     for place, (query, keys) in enumerate(attended(batch.layout, batch.num_tokens)):
         assert query == place
-        # As a list: a key that stood there twice would weigh twice. In order: a sliding window counts from the end.
+        # As a list, since a repeated key would count twice; in order, since a sliding window counts from the end.
         assert keys == sorted(naive.sees[place])
 
 
 def test_long_runs_are_slices_and_short_ones_go_together():
-    """The three shapes an attention call can have."""
+    """The three forms of an attention call."""
     long, short, branches = (2, (70,)), (2, (5,)), (20, (44, 30, 29))
     batch = PackedBatch.pack(groups_of([long, short, short, branches]), share=True)
     spans = [group.span for group in batch.layout.groups if group.span is not None]
@@ -350,7 +352,7 @@ def test_a_stream_of_long_runs_needs_no_restoring():
 
 
 def cost(batch: PackedBatch) -> Counter:
-    """Index elements of the layout, and attention scores computed."""
+    """Return the number of index elements of the layout, and of attention scores."""
     total = Counter(indices=batch.num_tokens)  # restore
     for group in batch.layout.groups:
         rows, length = (1, group.span[1] - group.span[0]) if group.span is not None else group.queries.shape
@@ -370,7 +372,7 @@ def test_twice_the_groups_cost_twice_as_much(shapes: list[Shape], share: bool | 
 @given(shapes, shares)
 @settings(deadline=None)
 def test_joint_calls_waste_little(shapes: list[Shape], share: bool | str):
-    """At most 15 % of a row is a repeat."""
+    """At most 15 % of a row are repetitions."""
     batch = PackedBatch.pack(groups_of(shapes), share=share)
     for group in batch.layout.groups:
         if group.span is None:

@@ -1,11 +1,11 @@
-"""Tokenised data sets kept in a folder: made once, mapped into memory, shared between runs.
+"""Tokenised data sets cached in a folder: built once, memory-mapped, shared between runs.
 
     CACHE/1f0c.../tokens  bounds  firsts    the flat arrays of `examples.py`
-                  rows    row_ends          everything else of each example, a JSON line each, and where these end
+                  rows    row_ends          the other fields of each example, one JSON line each, and where each ends
                   manifest.json             key, account, size and checksum of each file; written last
 
-A data set is written piece by piece, so that it may be larger than memory, into a folder with a name of its own, which
-takes its place whole: two runs may make the same one at once. One that is damaged, or of another key, is made anew.
+A data set is written in pieces, so that it may be larger than memory, to a temporary folder that is renamed when it is
+complete: two runs may build the same one at once. One that is damaged, or has another key, is rebuilt.
 """
 
 import hashlib
@@ -27,22 +27,23 @@ import numpy as np
 
 from rlhf_core.config import alternatives
 from rlhf_core.data.account import Account
-from rlhf_core.data.examples import Columns, Examples, Note
-from rlhf_core.data.formats import DataError, Record
-from rlhf_core.data.tokenize import Example
+from rlhf_core.data.errors import DataError
+from rlhf_core.data.examples import Columns, Examples, Metadata
+from rlhf_core.data.records import Example, Record
+from rlhf_core.data.tokenizer import Tokenizer
 
 logger = logging.getLogger("rlhf_core.data")
 
 ARRAYS = {"tokens": np.int32, "bounds": np.int64, "firsts": np.int64, "row_ends": np.int64}
 MANIFEST = "manifest.json"
-EXAMPLES_AT_ONCE = 1000  # that are held before they are written
+EXAMPLES_PER_WRITE = 1000
 
 
 def cached_examples(folder: Path, about: dict[str, Any], make: Callable[[Account], Iterable[Example]]) -> Examples:
-    """The examples that `about` describes: from `folder`, or else made, written there and read back.
+    """Return the examples that `about` describes: from `folder`, or else built, written there and read back.
 
-    about: everything that they follow from, as JSON holds it; the key is its sha256. make: yields them in order, and
-    tells the account it is given of what it drops.
+    about: everything that determines them, as JSON values; the key is its sha256.
+    make: yields them in order, and counts what it drops in the account that it is given.
     """
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     place = folder / key[:20]
@@ -53,12 +54,12 @@ def cached_examples(folder: Path, about: dict[str, Any], make: Callable[[Account
     temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=folder))
     try:
         _write(temporary, key, about, make)
-        _take_place(temporary, place, key)
+        _move_into_place(temporary, place, key)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     examples = _open(place, key)
     if examples is None:
-        raise DataError(f"{place}: what was written a moment ago cannot be read back; is the disk sound?")
+        raise DataError(f"{place}: what was written a moment ago cannot be read back; check the disk")
     return examples
 
 
@@ -66,7 +67,9 @@ def cached_examples(folder: Path, about: dict[str, Any], make: Callable[[Account
 
 
 def _write(folder: Path, key: str, about: dict[str, Any], make: Callable[[Account], Iterable[Example]]) -> None:
-    account, columns, lines, row_end = Account(), Columns(), [], 0
+    account, columns = Account(), Columns()
+    lines: list[bytes] = []
+    row_end = 0
     with ExitStack() as stack:
         files = {name: stack.enter_context(_HashedFile(folder / name)) for name in (*ARRAYS, "rows")}
         files["row_ends"].write(np.zeros(1, dtype=np.int64))
@@ -84,7 +87,7 @@ def _write(folder: Path, key: str, about: dict[str, Any], make: Callable[[Accoun
         for example in make(account):
             account.keep(example)
             lines.append(_to_line(columns.add(example)))
-            if len(lines) == EXAMPLES_AT_ONCE:
+            if len(lines) == EXAMPLES_PER_WRITE:
                 flush()
         if not account.rows:
             raise DataError(account.nothing_left())
@@ -100,7 +103,7 @@ def _write(folder: Path, key: str, about: dict[str, Any], make: Callable[[Accoun
 
 
 class _HashedFile:
-    """A file that is written from front to back, and its checksum."""
+    """A file that is written sequentially, with its size and checksum."""
 
     def __init__(self, path: Path):
         self._path, self.size, self.digest = path, 0, hashlib.sha256()
@@ -110,21 +113,21 @@ class _HashedFile:
         return self
 
     def write(self, data: Any) -> None:
-        """Bytes, or an array."""
-        data = memoryview(data).cast("B")
-        self._file.write(data)
-        self.digest.update(data)
-        self.size += len(data)
+        """Write bytes or an array."""
+        view = memoryview(data).cast("B")
+        self._file.write(view)
+        self.digest.update(view)
+        self.size += len(view)
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         if kind is None:
             self._file.flush()
             os.fsync(self._file.fileno())
         self._file.close()
 
 
-def _take_place(temporary: Path, place: Path, key: str) -> None:
-    """Rename, unless another run was first. What lies there and cannot be used is moved away, then deleted."""
+def _move_into_place(temporary: Path, place: Path, key: str) -> None:
+    """Rename, unless another run was first. An unusable folder in the way is moved aside and deleted."""
     while True:
         try:
             temporary.rename(place)
@@ -135,14 +138,14 @@ def _take_place(temporary: Path, place: Path, key: str) -> None:
         if not place.exists():  # a rename fails for other reasons too, such as a full disk
             raise DataError(f"data.cache: {temporary} cannot be renamed to {place}")
         old = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
-        with suppress(FileNotFoundError):  # where another run was faster
+        with suppress(FileNotFoundError):  # another run was faster
             place.rename(old / "damaged")
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _to_line(note: Note) -> bytes:
-    record, others = note
-    held = {
+def _to_line(metadata: Metadata) -> bytes:
+    record, others = metadata
+    changed = {
         field.name: value for field in fields(Record) if (value := getattr(record, field.name)) is not field.default
     }
 
@@ -152,38 +155,38 @@ def _to_line(note: Note) -> bytes:
             "the column out with data.formatting, or do without the cache"
         )
 
-    text = json.dumps([held, others], ensure_ascii=False, separators=(",", ":"), default=refuse)
-    return text.encode("utf-8", "surrogatepass") + b"\n"  # half a pair may stand in a column that nobody reads
+    text = json.dumps([changed, others], ensure_ascii=False, separators=(",", ":"), default=refuse)
+    return text.encode("utf-8", "surrogatepass") + b"\n"  # an unused column may contain half a surrogate pair
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
 def _open(place: Path, key: str) -> Examples | None:
-    """None where there is nothing, or nothing that can be used; the second is said."""
+    """Return the cached examples; None where there are none, or none that can be used, which is logged."""
     if not place.is_dir():
         return None
     try:
         manifest = json.loads((place / MANIFEST).read_text())
         if manifest["key"] != key:
-            raise ValueError("it was made of something else")
+            raise ValueError("it has another key")
         for name in (*ARRAYS, "rows"):
             with open(place / name, "rb") as file:
-                found = {"bytes": os.fstat(file.fileno()).st_size}
+                found: dict[str, Any] = {"bytes": os.fstat(file.fileno()).st_size}
                 if found["bytes"] == manifest["files"][name]["bytes"]:
                     found["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
             if found != manifest["files"][name]:
                 raise ValueError(f"the file {name} is not what was written")
         arrays = {name: np.asarray(np.memmap(place / name, dtype=kind, mode="r")) for name, kind in ARRAYS.items()}
         lines = _Lines(place / "rows", arrays.pop("row_ends"))
-        return Examples(**arrays, notes=lines, account=Account.from_dict(manifest["account"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:  # JSON's error is a ValueError
-        logger.warning(f"{place} is made anew: it cannot be used ({error})")
+        return Examples(**arrays, metadata=lines, account=Account.from_dict(manifest["account"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:  # json.JSONDecodeError is a ValueError
+        logger.warning(f"{place} is rebuilt: it cannot be used ({error})")
         return None
 
 
-class _Lines(Sequence[Note]):
-    """The lines of a file, mapped into memory and read one at a time."""
+class _Lines(Sequence[Metadata]):
+    """The lines of a memory-mapped file, parsed when they are read."""
 
     def __init__(self, path: Path, ends: np.ndarray):
         with open(path, "rb") as file:
@@ -193,14 +196,14 @@ class _Lines(Sequence[Note]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def __getitem__(self, i: int) -> Note:
+    def __getitem__(self, i: int) -> Metadata:  # type: ignore[override]  # slices are not needed
         line = self._bytes[self._ends[i] : self._ends[i + 1]]
         record, others = json.loads(line.decode("utf-8", "surrogatepass"))
         return Record(**_with_tuples(Record, record)), _with_tuples(Example, others)
 
 
 def _with_tuples(kind: type, values: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows lists only."""
+    """Convert the fields that are tuples: JSON has lists only."""
     return {
         name: tuple(value) if name in _tuples(kind) and value is not None else value for name, value in values.items()
     }
@@ -208,18 +211,18 @@ def _with_tuples(kind: type, values: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def _tuples(kind: type) -> frozenset[str]:
-    """The fields of a dataclass that are tuples."""
+    """Return the names of the fields of a dataclass that are tuples."""
     hints = typing.get_type_hints(kind)
     return frozenset(
         name for name, hint in hints.items() if tuple in [typing.get_origin(one) for one in alternatives(hint)]
     )
 
 
-# ------------------------------------------------------------------------------------------------------- what it is of
+# ------------------------------------------------------------------------------------------------------------- the key
 
 
-def describe_tokenizer(tokenizer: Any) -> str:
-    """sha256 of everything a tokenizer does: vocabulary, rules, added and special tokens, template."""
+def describe_tokenizer(tokenizer: Tokenizer) -> str:
+    """Return a sha256 of all that determines a tokenizer's output: vocabulary, rules, added tokens, template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         backend.no_truncation()
@@ -237,7 +240,7 @@ def describe_tokenizer(tokenizer: Any) -> str:
 
 @cache
 def describe_code() -> str:
-    """sha256 of the modules that turn rows into tokens."""
+    """Return a sha256 of the modules that turn rows into tokens."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())

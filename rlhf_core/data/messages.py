@@ -1,6 +1,6 @@
-"""What stands in a row: numbers, texts, lists and chat messages, checked and brought to one spelling.
+"""Checks of the fields of a row, and the normal form of numbers, texts, lists and chat messages.
 
-What cannot be used raises `BadRow`, whose reason names the field and what was found there, never its content.
+All functions raise `BadRow` for a value that cannot be used, with a message that names the field and what was found.
 """
 
 import difflib
@@ -8,18 +8,15 @@ import json
 import math
 from typing import Any
 
-from rlhf_core.data.sources import BadRow, Row, kind_of
-
-# {"role": "system" | "user" | "assistant" | "tool", "content": text}, perhaps with tool_calls and with keys of the
-# template's own, such as reasoning_content, which are handed to it as they are.
-Message = dict[str, Any]
-
+from rlhf_core.data.errors import BadRow
+from rlhf_core.data.records import Message, Row, Tools
+from rlhf_core.data.sources import kind_of
 
 # --------------------------------------------------------------------------------------------------------------- fields
 
 
 def read_field(row: Row, name: str, expected: str) -> Any:
-    """The value of a field, which must be there and not null."""
+    """Return the value of a field, which must be present and not null."""
     if name not in row:
         close = difflib.get_close_matches(name, row, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -30,7 +27,7 @@ def read_field(row: Row, name: str, expected: str) -> Any:
 
 
 def read_text(row: Row, name: str) -> str:
-    """A field that is text, perhaps empty."""
+    """Return a field that is text, possibly empty."""
     return checked_text(read_field(row, name, "text"), f"field {name!r}")
 
 
@@ -39,20 +36,20 @@ def checked_text(value: object, where: str) -> str:
         raise BadRow(f"{where}: found {kind_of(value)}, expected text")
     try:
         value.encode("utf-8")
-    except UnicodeEncodeError:  # tokenizers die of it without saying where
+    except UnicodeEncodeError:  # tokenizers fail on it without naming the row
         raise BadRow(f"{where} holds half a surrogate pair (a broken emoji), expected valid Unicode text") from None
     return value
 
 
 def not_blank(text: str, name: str) -> str:
-    """Text that a model is to learn: a blank one would teach it to say nothing."""
+    """Return a text to train on, checked not to be blank."""
     if not text.strip():
         raise BadRow(f"field {name!r} is empty, expected text to learn from")
     return text
 
 
 def checked_number(value: object, where: str) -> float:
-    """A finite number; written as text too, since a CSV file has nothing else."""
+    """Return a finite number, also from text: all values of a CSV file are text."""
     try:
         number = float("nan" if isinstance(value, bool) or not isinstance(value, int | float | str) else value)
     except ValueError:
@@ -65,19 +62,19 @@ def checked_number(value: object, where: str) -> float:
 
 def optional_number(row: Row, name: str) -> float | None:
     value = row.get(name)
-    blank = isinstance(value, str) and not value.strip()  # what a CSV file has for null
+    blank = isinstance(value, str) and not value.strip()  # null in a CSV file
     return None if value is None or blank else checked_number(value, f"field {name!r}")
 
 
 def checked_truth(value: object, where: str) -> bool:
-    # A string is refused: "false" is a true value in Python, and a wrong guess shows only in a bad model.
-    if not isinstance(value, int) or value not in (0, 1):  # bool is a kind of int
+    # A string is refused: "false" is true in Python, and the error would show only in a bad model.
+    if not isinstance(value, int) or value not in (0, 1):  # bool is a subclass of int
         raise BadRow(f"{where}: found {kind_of(value)}, expected true, false, 0 or 1")
     return bool(value)
 
 
 def read_items(row: Row, name: str, what: str, *, least: int) -> list[Any]:
-    """A field that is a list of at least so many items."""
+    """Return a field that is a list of at least `least` items."""
     value = read_field(row, name, f"a list of {what}")
     if not isinstance(value, list):
         raise BadRow(f"field {name!r}: found {kind_of(value)}, expected a list of {what}")
@@ -88,8 +85,8 @@ def read_items(row: Row, name: str, what: str, *, least: int) -> list[Any]:
 
 # ------------------------------------------------------------------------------------------------------------- messages
 
-# The roles as chat templates know them, and the names that ShareGPT exports use for the same. A function_call is the
-# turn of an assistant that calls tools.
+# The roles of chat templates, and the names that ShareGPT exports use for them. A function_call is the turn of an
+# assistant that calls tools.
 ROLES = {
     "system": "system",
     "user": "user",
@@ -100,7 +97,7 @@ ROLES = {
     "observation": "tool",
     "function_call": "assistant",
 }
-# Which roles may follow which; the first is what an error expects. None: the beginning.
+# Which roles may follow which; error messages name the first. None: the beginning.
 FOLLOWS = {
     None: ("user", "system"),
     "system": ("user",),
@@ -111,7 +108,7 @@ FOLLOWS = {
 
 
 def conversation(value: object, name: str) -> list[Message]:
-    """A list of messages in the one spelling, {"role", "content"}, with its order of roles checked."""
+    """Return a list of messages in the normal form {"role", "content"}, with the order of roles checked."""
     if not isinstance(value, list):
         raise BadRow(f"field {name!r}: found {kind_of(value)}, expected a list of messages")
     if not value:
@@ -122,15 +119,18 @@ def conversation(value: object, name: str) -> list[Message]:
 
 
 def checked_messages(items: list[object], name: str) -> list[Message]:
-    """The messages of a field, each in the one spelling; their order is not looked at."""
+    """Return the messages of a field, each in the normal form; their order is not checked."""
     return [_message(item, f"field {name!r}, message {number}") for number, item in enumerate(items, start=1)]
 
 
 def check_order(messages: list[Message], name: str, *, before: Message | None = None) -> None:
-    """At most one system message, then user and assistant in turn; after a call of tools their answers."""
+    """Check the order of roles: at most one system message, then user and assistant in turn; after tool calls, tools.
+
+    before: the message that precedes them.
+    """
     for number, message in enumerate(messages, start=1):
         calls = before is not None and "tool_calls" in before
-        expected = ("tool",) if calls else FOLLOWS[before and before["role"]]
+        expected = ("tool",) if calls else FOLLOWS[None if before is None else before["role"]]
         if message["role"] not in expected:
             raise BadRow(
                 f"field {name!r}, message {number}: found the role {message['role']!r}, expected {expected[0]!r} "
@@ -142,7 +142,7 @@ def check_order(messages: list[Message], name: str, *, before: Message | None = 
 
 
 def _message(item: object, where: str) -> Message:
-    """One message in the one spelling. Keys without a value are left out; others stay, for the template to read."""
+    """Return a message in the normal form. Keys without a value are removed; others stay, for the template to read."""
     if not isinstance(item, dict):
         raise BadRow(f"{where}: found {kind_of(item)}, expected an object with role and content")
     role_key, content_key = ("from", "value") if item.get("from") is not None else ("role", "content")
@@ -157,8 +157,9 @@ def _message(item: object, where: str) -> Message:
         raise BadRow(f"{where}: found the role {role[:40]!r}, expected one of {', '.join(ROLES)}")
     content = _content("" if content is None else content, f"{where}, {content_key!r}")
     if role == "function_call":
-        content, calls = "", _written_calls(content, where)
-    message = {"role": ROLES[role], "content": content}
+        calls = _written_calls(content, where)
+        content = ""
+    message: Message = {"role": ROLES[role], "content": content}
     if calls:
         if ROLES[role] != "assistant":
             raise BadRow(f"{where}: found tool_calls in a message of role {role!r}, expected them in an assistant's")
@@ -174,7 +175,7 @@ def _message(item: object, where: str) -> Message:
 
 
 def _content(value: object, where: str) -> str:
-    """A message's text. Content in parts, as of models that also read images, is joined if all of them are text."""
+    """Return a message's text. Content in parts, as for models that read images, is joined if all of them are text."""
     if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
         return checked_text(value, where)
     for number, part in enumerate(value, start=1):
@@ -185,7 +186,7 @@ def _content(value: object, where: str) -> str:
 
 
 def _written_calls(text: str, where: str) -> list[Any]:
-    """The calls in a ShareGPT message from function_call: JSON, of one call or of a list of them."""
+    """Parse the calls in a ShareGPT message from function_call: JSON of one call or of a list of them."""
     try:
         calls = json.loads(text)
     except json.JSONDecodeError:
@@ -195,9 +196,9 @@ def _written_calls(text: str, where: str) -> list[Any]:
 
 
 def _tool_calls(calls: object, where: str) -> list[dict[str, Any]]:
-    """Calls in the one spelling, {"type": "function", "function": {"name", "arguments"}}, arguments an object.
+    """Return calls in the normal form {"type": "function", "function": {"name", "arguments"}}, arguments an object.
 
-    Arguments may come as JSON text, as an API returns them: a template would write such text in quotes.
+    Arguments may be JSON text, as an API returns them; they are parsed, since a template would write text in quotes.
     """
     if not isinstance(calls, list):
         raise BadRow(f"{where}, 'tool_calls': found {kind_of(calls)}, expected a list of calls")
@@ -222,7 +223,7 @@ def _tool_calls(calls: object, where: str) -> list[dict[str, Any]]:
 
 
 def _without_nulls(value: object, where: str) -> Any:
-    """A value of JSON, its text checked, less the nulls: a table's file has one for every key that another row has."""
+    """Return a JSON value without nulls and with its text checked: a table has a null for every key of another row."""
     if isinstance(value, dict):
         return {key: _without_nulls(item, where) for key, item in value.items() if item is not None}
     if isinstance(value, list):
@@ -230,26 +231,27 @@ def _without_nulls(value: object, where: str) -> Any:
     return checked_text(value, where) if isinstance(value, str) else value
 
 
-def is_learned(message: Message) -> bool:
-    """Whether a message is the assistant's, and not one that its own `weight` of 0 makes mere history."""
+def is_supervised(message: Message) -> bool:
+    """Whether a message is an assistant's and does not have the `weight` 0."""
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
-def says_something(message: Message) -> bool:
+def not_empty(message: Message) -> bool:
+    """Whether a message has text or tool calls."""
     return bool(message["content"].strip()) or "tool_calls" in message
 
 
 def last_answer(messages: list[Message], name: str) -> tuple[list[Message], list[Message]]:
-    """Split a conversation before its last message, which must be an assistant's turn with something in it."""
+    """Split a conversation before its last message, which must be an assistant's and not empty."""
     if messages[-1]["role"] != "assistant":
         raise BadRow(f"field {name!r} ends with a {messages[-1]['role']} turn, expected an assistant turn at the end")
-    if not says_something(messages[-1]):
+    if not not_empty(messages[-1]):
         raise BadRow(f"field {name!r} is empty in its last turn, expected text to learn from")
     return messages[:-1], messages[-1:]
 
 
-def read_tools(row: Row) -> list[dict[str, Any]] | None:
-    """The `tools` column: a list of JSON schemas, or that list as JSON text."""
+def read_tools(row: Row) -> Tools | None:
+    """Return the `tools` column: a list of JSON schemas, or that list as JSON text."""
     tools = row.get("tools")
     if isinstance(tools, str) and tools.strip():
         try:
@@ -260,4 +262,5 @@ def read_tools(row: Row) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadRow("field 'tools': expected a list of objects, each the JSON schema of a tool")
-    return _without_nulls(tools, "field 'tools'")
+    schemas: Tools = _without_nulls(tools, "field 'tools'")
+    return schemas

@@ -1,39 +1,44 @@
-"""Several data sets as one: end to end, or each with a share of every epoch."""
+"""Several data sets as one: concatenated, or each with a share of every epoch."""
 
 import bisect
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import overload
 
 import numpy as np
 
-from rlhf_core.data.examples import Examples
-from rlhf_core.data.tokenize import Example
+from rlhf_core.data.examples import ExampleSequence, IntArray
+from rlhf_core.data.records import Example
 
 
 class Mixture(Sequence[Example]):
     """One epoch of several data sets.
 
-    Without weights that is every example of each, once. With weights the data sets stand in an epoch in that
-    proportion: the one that is largest for its weight gives each of its examples once, every other gives its own again
-    and again, from the first to the last in turn. Where it stops in one epoch it goes on in the next, so that over the
-    epochs all examples of a data set are seen equally often, give or take one. No example is left out.
+    Without weights an epoch has every example of each, once. With weights it has examples of the data sets in that
+    proportion: the data set that is largest relative to its weight contributes each of its examples once, every other
+    repeats its own in order. Each epoch continues where the previous one stopped, so that over the epochs the examples
+    of a data set are seen equally often, to within one. No example is left out.
 
         counts[i] = round(weights[i] * max_j(sizes[j] / weights[j]))
 
-    `mixture[slot]` is what an epoch holds at that place before it is shuffled; `at(slot, epoch)` the same of any epoch.
+    `at(slot, epoch)` is the example in that place of an epoch before shuffling; `mixture[slot]` that of epoch 0.
     """
 
-    def __init__(self, parts: Sequence[Examples], weights: Sequence[float] | None = None):
+    def __init__(self, parts: Sequence[ExampleSequence], weights: Sequence[float] | None = None):
         self.parts = tuple(parts)
         sizes = [len(part) for part in parts]
-        scale = max(size / weight for size, weight in zip(sizes, weights, strict=True)) if weights else 0
+        scale = max(size / weight for size, weight in zip(sizes, weights, strict=True)) if weights else 0.0
         self.counts = [round(weight * scale) for weight in weights] if weights else sizes
         self._starts = [0, *accumulate(self.counts)]
 
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self.at(slot, 0) for slot in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
@@ -41,13 +46,13 @@ class Mixture(Sequence[Example]):
         return self.at(index % len(self), 0)
 
     def at(self, slot: int, epoch: int) -> Example:
-        """The example at that place of that epoch, both counted from 0."""
+        """Return the example in that place of that epoch, both counted from 0."""
         number = bisect.bisect_right(self._starts, slot) - 1
         part = self.parts[number]
         return part[(slot - self._starts[number] + epoch * self.counts[number]) % len(part)]
 
-    def stream_lengths(self, epoch: int) -> np.ndarray:
-        """(len(self),) tokens of each, as `PackedBatch` holds them."""
+    def stream_lengths(self, epoch: int) -> IntArray:
+        """Return (len(self),) tokens of each example in a `PackedBatch`."""
         rows = [
             (np.arange(count) + epoch * count) % len(part) for part, count in zip(self.parts, self.counts, strict=True)
         ]

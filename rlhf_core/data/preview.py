@@ -1,30 +1,25 @@
-"""The first rows as the model will see them: every token as text, what is learned marked, the roles named."""
+"""The first rows as the model sees them: every token as text, with supervised tokens marked and roles named."""
 
 import os
 import sys
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
 
-from rlhf_core.data.tokenize import Example
+from rlhf_core.data.records import Example
+from rlhf_core.data.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-_LEARNED, _QUIET, _BOLD, _PLAIN = "\033[32m", "\033[2m", "\033[1m", "\033[0m"
+_SUPERVISED, _QUIET, _BOLD, _PLAIN = "\033[32m", "\033[2m", "\033[1m", "\033[0m"
 
 
-def show(
-    examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", *, need: str, colour: bool | None = None
-) -> str:
-    """The examples as text. What is learned is green, or between [[ and ]] without colour.
+def show(examples: Sequence[Example], tokenizer: Tokenizer, *, need: str, colour: bool | None = None) -> str:
+    """Return the examples as text. Supervised tokens are green, or between [[ and ]] without colour.
 
-    colour: None takes it where standard output is a terminal and NO_COLOR is not set.
+    colour: None uses colour where standard output is a terminal and NO_COLOR is not set.
     """
     if colour is None:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     mark = "green" if colour else "between [[ and ]]"
-    lines = [f"What is learned is {mark}." if need != "prompts" else "Completions are sampled after these prompts."]
+    lines = [f"Supervised tokens are {mark}." if need != "prompts" else "Completions are sampled after these prompts."]
     for number, example in enumerate(examples, start=1):
         lines += ["", _painted(_title(number, example), _BOLD, colour)]
         lines += _part("prompt", [(example.prompt, False)], tokenizer, colour)
@@ -34,7 +29,7 @@ def show(
                 lines += _part(role, _runs(example, k), tokenizer, colour)
                 continue
             starts = [0, *(end + 1 for end in example.step_ends)]
-            for start, end, right in zip(starts, starts[1:], example.step_labels, strict=False):
+            for start, end, right in zip(starts, starts[1:], example.step_labels or (), strict=False):
                 step = [(example.completions[k][start:end], True)]
                 lines += _part(f"{role}, a step that is {'right' if right else 'wrong'}", step, tokenizer, colour)
     return "\n".join(lines)
@@ -42,16 +37,16 @@ def show(
 
 def _title(number: int, example: Example) -> str:
     prompt, completions = len(example.prompt), sum(map(len, example.completions))
-    learned = completions if example.supervised is None else sum(map(sum, example.supervised))
+    supervised = completions if example.supervised is None else sum(map(sum, example.supervised))
     title = f"{number}. {example.record.source}: {prompt} tokens of prompt"
     if example.completions:
-        title += f", {completions} of completion, {learned} of them learned"
+        title += f", {completions} of completion, {supervised} of them supervised"
     title += f", weight {example.weight:g}" if example.weight != 1 else ""
     return title + (f", margin {example.margin:g}" if example.margin is not None else "")
 
 
 def _role(example: Example, k: int, need: str) -> str:
-    """What completion k is to the job."""
+    """Return the role of completion k in the job."""
     if need == "preference":
         return ("chosen", "rejected")[k]
     if need == "ranking":
@@ -62,23 +57,21 @@ def _role(example: Example, k: int, need: str) -> str:
 
 
 def _runs(example: Example, k: int) -> list[tuple[list[int], bool]]:
-    """Completion k in stretches that are learned or not."""
+    """Split completion k into runs of tokens that are all supervised, or all not."""
     ids = example.completions[k]
     if example.supervised is None:
         return [(ids, True)]
     grouped = groupby(zip(ids, example.supervised[k], strict=True), key=lambda pair: pair[1])
-    return [([token for token, _ in pairs], learned) for learned, pairs in grouped]
+    return [([token for token, _ in pairs], supervised) for supervised, pairs in grouped]
 
 
-def _part(
-    role: str, runs: list[tuple[list[int], bool]], tokenizer: "PreTrainedTokenizerBase", colour: bool
-) -> list[str]:
+def _part(role: str, runs: list[tuple[list[int], bool]], tokenizer: Tokenizer, colour: bool) -> list[str]:
     text = ""
-    for ids, learned in runs:
+    for ids, supervised in runs:
         piece = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        text += (
-            _painted(piece, _LEARNED if learned else _QUIET, True) if colour else f"[[{piece}]]" if learned else piece
-        )
+        if colour:
+            piece = _painted(piece, _SUPERVISED if supervised else _QUIET, True)
+        text += f"[[{piece}]]" if supervised and not colour else piece
     return [_painted(f"--- {role}", _BOLD, colour), text]
 
 

@@ -1,8 +1,8 @@
-"""Where rows come from: a file, a folder or a hub name in; one row after another, each with its place, out.
+"""Read rows from a file, a folder or a hub data set, one after another, each with its place.
 
-Nothing here knows what a column means; `formats.py` gives the columns their meaning. A row that cannot be read is
-handed on as a `BadRow`, so that the reader of the rows decides whether to stop or to count and go on. What makes all
-that follows unreadable (a broken JSON list, a damaged parquet file) raises `DataError` at once.
+The meaning of columns is up to `formats.py`. A row that cannot be read is yielded as a `BadRow`, so that the caller
+decides whether to stop or to count and continue. Damage that makes all that follows unreadable (a broken JSON list, a
+damaged parquet file) raises `DataError` at once.
 """
 
 import csv
@@ -14,14 +14,14 @@ import json
 import re
 import traceback
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
+from rlhf_core.data.errors import BadRow, DataError
+from rlhf_core.data.records import Row
 from rlhf_core.plugins import import_function
-
-Row = dict[str, Any]
 
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")  # name, owner/name, and either with :configuration
@@ -32,26 +32,14 @@ _GZIP_ADVICE = "the gzip file is cut short or damaged; copy or download it again
 _CSV_LABELS = {"0": 0, "1": 1, "true": True, "false": False}
 
 
-class DataError(ValueError):
-    """Data that cannot be used.
-
-    The message says where (file and line, or row), which field, what was found, what was expected and, where there is
-    one, the way out. It never quotes the content of a row.
-    """
-
-
-class BadRow(Exception):
-    """One row that cannot be used. Its text is the reason alone, without place or content, so that equal ones count."""
-
-
 def read_rows(path: str | Path, split: str | None = None) -> Iterator[tuple[str, Row | BadRow]]:
     """Yield (place, row) for every row behind `path`, in order.
 
     path: a file (JSONL, JSON list, either gzipped; CSV; parquet), a folder saved by `datasets`, a folder of such files,
         or the name of a hub dataset, "owner/name" or "owner/name:configuration".
-    split: which split of a folder or hub dataset, "train" when it has one and nothing is said. A file has no splits.
+    split: the split of a folder or hub dataset; None takes "train" where there is one. A file has no splits.
     The place is "pairs.jsonl:12" (a line) for JSONL and "data.json row 3" for everything else, both counted from 1.
-    Raises DataError when the path leads nowhere or what lies there cannot be read at all.
+    Raises DataError when nothing is at the path, or what is there cannot be read at all.
     """
     place = Path(path).expanduser()
     if place.is_dir() and ((place / "state.json").is_file() or (place / "dataset_dict.json").is_file()):
@@ -66,7 +54,7 @@ def read_rows(path: str | Path, split: str | None = None) -> Iterator[tuple[str,
 
 
 def fingerprint(path: str | Path, split: str | None = None) -> str:
-    """sha256 of what lies behind `path`: names and bytes of its files, or what `datasets` says of a hub dataset."""
+    """Return a sha256 of the names and bytes of the files behind `path`, or the `datasets` fingerprint of a hub set."""
     place = Path(path).expanduser()
     if not place.exists():
         return f"{path} {_hub_dataset(str(path), split)._fingerprint}"
@@ -81,11 +69,11 @@ def fingerprint(path: str | Path, split: str | None = None) -> str:
     return digest.hexdigest()
 
 
-def formatted(rows: Iterator[tuple[str, Row | BadRow]], name: str) -> Iterator[tuple[str, Row | BadRow | None]]:
-    """Every row as the user's function (name: "module:function") makes it: a row, or None to leave it out.
+def formatted(rows: Iterable[tuple[str, Row | BadRow]], name: str) -> Iterator[tuple[str, Row | BadRow | None]]:
+    """Apply the user's function (name: "module:function") to every row. It returns a row, or None to leave it out.
 
-    A function that fails on a row, or returns something else, makes it a bad row whose reason names the function and
-    the line it failed in; what it said is not repeated, since it may quote the row.
+    Where it fails, or returns something else, the row becomes a bad row whose reason names the function and the line
+    that failed; the message of the exception is not repeated, since it may quote the row.
     """
     function = import_function(name)
     for place, row in rows:
@@ -108,7 +96,7 @@ def formatted(rows: Iterator[tuple[str, Row | BadRow]], name: str) -> Iterator[t
 
 
 def kind_of(value: object) -> str:
-    """What a value is, in words that fit any error message: "a string", "null", "a list"."""
+    """Return the kind of a value, in words for an error message: "a string", "null", "a list"."""
     if value is None:
         return "null"
     names = {bool: "a true/false value", str: "a string", int: "a number", float: "a number", list: "a list"}
@@ -119,7 +107,7 @@ def kind_of(value: object) -> str:
 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, Row | BadRow]]:
-    """The rows of one file. Content decides where it can (gzip, parquet, JSON list); only CSV goes by its name."""
+    """Read the rows of one file. Gzip, parquet and JSON lists are recognised by content, CSV by the file name."""
     with open(path, "rb") as stream:
         is_parquet = stream.read(4) == b"PAR1"
     if is_parquet:
@@ -131,8 +119,8 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Row | BadRow]]:
     return _jsonl_rows(path)
 
 
-def _open_bytes(path: Path) -> IO[bytes]:
-    """The file's bytes, unpacked when it is gzip, whatever it is called."""
+def _open_bytes(path: Path) -> gzip.GzipFile | IO[bytes]:
+    """Open a file for its bytes, decompressed if it is gzip, whatever its name."""
     with open(path, "rb") as stream:
         is_gzip = stream.read(2) == b"\x1f\x8b"
     return gzip.open(path, "rb") if is_gzip else open(path, "rb")
@@ -143,14 +131,14 @@ def _first_character(path: Path) -> bytes:
         with _open_bytes(path) as stream:
             return stream.read(4096).removeprefix(_BYTE_ORDER_MARK).lstrip()[:1]
     except _DAMAGED_GZIP:
-        return b""  # whoever reads the rows meets the damage again and says where it is
+        return b""  # the reader of the rows meets the damage again and reports where it is
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Row | BadRow]]:
     number = 0
     try:
         with _open_bytes(path) as lines:
-            # Bytes are split at \n only. A str would also be split at U+2028 and its like, which are legal inside JSON.
+            # Bytes are split at \n only; a str would also be split at U+2028 and similar, which are legal inside JSON.
             for number, line in enumerate(lines, start=1):
                 line = line.removeprefix(_BYTE_ORDER_MARK).strip()
                 if line:
@@ -191,11 +179,11 @@ def _json_list_rows(path: Path) -> Iterator[tuple[str, Row | BadRow]]:
 
 
 def _object_of_unique_keys(pairs: list[tuple[str, Any]]) -> Row:
-    """What json calls for each object. The standard reader keeps the last of two equal keys without a word."""
+    """Build an object of a JSON file; the default would keep the last of two equal keys silently."""
     row = dict(pairs)
     if len(row) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # set.add returns None, which is false
+        keys = [key for key, _ in pairs]
+        twice = next(key for i, key in enumerate(keys) if key in keys[:i])
         raise BadRow(f"the key {twice[:40]!r} comes twice in one object, expected once")
     return row
 
@@ -224,7 +212,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Row | BadRow]]:
 
 
 def _typed_csv_row(row: Row) -> Row | BadRow:
-    """CSV knows only text. The label is the one field of any format that is not, so its four spellings are read."""
+    """Convert the label of a CSV row, whose values are all text: no other field of a format is of another type."""
     if None in row:
         return BadRow("the row has more fields than the header has names (is a comma not in quotes?)")
     label = row.get("label")
@@ -234,7 +222,7 @@ def _typed_csv_row(row: Row) -> Row | BadRow:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    import pyarrow  # here, and `datasets` below: both are slow to import, and most runs need neither
+    import pyarrow  # imported here, like `datasets` below, because both are slow to import and most runs need neither
     import pyarrow.parquet
 
     number = 0
@@ -252,10 +240,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _files_of_split(folder: Path, split: str | None) -> list[Path]:
-    """The folder's data files whose names hold the split as a word ("train-00000-of-00002.parquet", "dpo_train.jsonl").
+    """Return the data files whose names contain the split as a word ("train-00000-of-00002.parquet", "a_train.jsonl").
 
-    Without a split, "train" is taken where some file is named so (a test file must never slip into training), and
-    every file where none is.
+    Without a split, those of "train" if there are any (a test file must never be trained on), else all.
     """
     files = sorted(file for file in folder.iterdir() if file.name.lower().endswith(DATA_SUFFIXES))
     named = [file for file in files if (split or "train") in re.split(r"[\W_]+", file.name)]
@@ -267,12 +254,12 @@ def _files_of_split(folder: Path, split: str | None) -> list[Path]:
 
 
 def _saved_dataset_rows(folder: Path, split: str | None) -> Iterator[tuple[str, Row]]:
-    """The rows of a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
+    """Read the rows of a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
     import datasets
 
     try:
         dataset = datasets.load_from_disk(str(folder))
-    except Exception as error:  # a missing or damaged part shows in whatever reads it first
+    except Exception as error:  # the type depends on which part is missing or damaged
         raise DataError(f"{folder}: datasets cannot load the folder ({type(error).__name__}: {error})") from error
     if isinstance(dataset, dict):  # a DatasetDict
         name = split or "train"
@@ -299,7 +286,7 @@ def _hub_dataset(name: str, split: str | None) -> Any:
     try:
         return datasets.load_dataset(repository, configuration or None, split=split or "train")
     except Exception as error:
-        # The hub fails in many ways (offline, private, misspelt, no such split); whichever it was, keep the reason.
+        # The hub fails in many ways (offline, private, misspelt, no such split): keep the reason.
         raise DataError(
             f"{name}: neither a file or folder here nor a hub dataset that loads ({type(error).__name__}: {error}); "
             "a configuration goes after a colon, owner/name:configuration, and a split under --data.split"
@@ -307,7 +294,7 @@ def _hub_dataset(name: str, split: str | None) -> Any:
 
 
 def _similar_path(path: Path) -> str:
-    """'; did you mean ...' when the folder holds something of nearly that name, else nothing."""
+    """Return '; did you mean ...' if the folder has something of nearly that name, else an empty string."""
     names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean {path.parent / close[0]}?" if close else ""

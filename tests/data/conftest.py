@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 @pytest.fixture
 def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
-    """Build a character tokenizer with the special tokens, and the habits, that a test asks for."""
+    """Return a function that builds a character tokenizer with the given special tokens."""
 
     def build(
         *,
@@ -24,7 +24,7 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
         special = [name for name in dict.fromkeys(["<unk>", bos, eos, pad, *more_special]) if name]
         vocabulary = {name: number for number, name in enumerate([*special, *string.printable])}
         backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-        backend.normalizer = normalizers.Replace("\x07", "")  # a character that gives no token at all
+        backend.normalizer = normalizers.Replace("\x07", "")  # a character without a token
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         backend.decoder = decoders.Fuse()
         used = [name for name in adds.split() if name in vocabulary]

@@ -1,4 +1,4 @@
-"""Tokenised rows kept in a folder: the same to the token, made anew when anything changes, and bounded in memory."""
+"""Cached tokens: equal to those without a cache, rebuilt after any change, and bounded in memory."""
 
 import gc
 import json
@@ -13,7 +13,7 @@ import pytest
 from rlhf_core.config import DataConfig, RunConfig
 from rlhf_core.data import cache, loader
 from rlhf_core.data.cache import describe_tokenizer
-from rlhf_core.data.formats import DataError
+from rlhf_core.data.errors import DataError
 from rlhf_core.data.loader import Steps, load_examples
 from rlhf_core.data.sources import fingerprint
 from rlhf_core.demo.language import build_tokenizer
@@ -37,7 +37,7 @@ def pairs(count: int) -> list[dict]:
 
 @pytest.fixture
 def made(monkeypatch) -> list[int]:
-    """How many records were tokenised by each call."""
+    """The number of records that each call tokenises."""
     calls: list[int] = []
     original = loader.encode_records
 
@@ -64,7 +64,7 @@ def as_needed(need: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("need", ["supervised", "preference", "ranking", "unpaired", "process", "prompts"])
-def test_what_comes_out_is_what_is_made_without_a_cache(tmp_path, tokenizer, made, need):
+def test_examples_are_the_same_with_and_without_a_cache(tmp_path, tokenizer, made, need):
     turns = "all" if need == "supervised" else "last"
     data = dict(path=write(tmp_path / "rows.jsonl", as_needed(need)), chat_template="plain", turns=turns)
     in_memory = load_examples(DataConfig(**data), tokenizer, need=need)
@@ -77,8 +77,8 @@ def test_what_comes_out_is_what_is_made_without_a_cache(tmp_path, tokenizer, mad
 
 
 def test_steps_have_the_same_rows_with_and_without_a_cache(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(cache, "EXAMPLES_AT_ONCE", 7)  # 3 of them in the last piece
-    monkeypatch.setattr(loader, "_ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(cache, "EXAMPLES_PER_WRITE", 7)  # 3 of them in the last piece
+    monkeypatch.setattr(loader, "_ROWS_PER_CHUNK", 4)
     path = write(tmp_path / "rows.jsonl", pairs(31))
     with_cache, without = (
         load_examples(DataConfig(path=path, cache=folder), tokenizer, need="supervised")
@@ -91,10 +91,10 @@ def test_steps_have_the_same_rows_with_and_without_a_cache(tmp_path, tokenizer, 
         assert all(one.rows(step) == other.rows(step) for step in range(1, one.total + 1))
 
 
-# ------------------------------------------------------------------------------------------------------ what is a key
+# ------------------------------------------------------------------------------------------------------------- the key
 
 
-def test_a_change_of_anything_that_matters_makes_it_anew(tmp_path, tokenizer, made, monkeypatch):
+def test_any_change_that_affects_tokens_rebuilds(tmp_path, tokenizer, made, monkeypatch):
     (tmp_path / "my_cached_hooks.py").write_text("def same(row):\n    return row\n")
     monkeypatch.chdir(tmp_path)
     path = write(tmp_path / "rows.jsonl", pairs(5))
@@ -107,7 +107,7 @@ def test_a_change_of_anything_that_matters_makes_it_anew(tmp_path, tokenizer, ma
     assert len(made) == 1
     load()
     load(preview=0, weights=(2,))
-    assert len(made) == 1  # nothing of that changes a token
+    assert len(made) == 1  # neither changes a token
     changes = [
         {"limit": 4}, {"max_length": 5}, {"max_length": 6, "truncation": "drop"}, {"need": "prompts"},
         {"format": "prompt_completion"}, {"skip_bad_rows": 1}, {"chat_template": "plain"}, {"turns": "all"},
@@ -123,23 +123,23 @@ def test_a_change_of_anything_that_matters_makes_it_anew(tmp_path, tokenizer, ma
     other.chat_template = "{{ messages }}"
     load(other)
     assert len(made) == number + 2
-    load(build_tokenizer())  # the same made anew is the same
+    load(build_tokenizer())  # an equal tokenizer
     assert len(made) == number + 2
     (tmp_path / "my_cached_hooks.py").write_text("def same(row):\n    return dict(row)\n")
-    load(formatting="my_cached_hooks:same")  # what runs is still the old one
+    load(formatting="my_cached_hooks:same")  # the old function is still loaded
     assert len(made) == number + 2
     monkeypatch.delitem(sys.modules, "my_cached_hooks")
     load(formatting="my_cached_hooks:same")
-    write(tmp_path / "rows.jsonl", [*pairs(4), pairs(5)[3]])  # as many rows and the same name
+    write(tmp_path / "rows.jsonl", [*pairs(4), pairs(5)[3]])  # the same number of rows and the same name
     load()
     monkeypatch.setattr(loader, "describe_code", lambda: "other code")
     load()
     assert len(made) == number + 5
 
 
-def test_a_tokenizer_is_told_by_what_it_does(tokenizer):
+def test_a_tokenizer_is_identified_by_its_behaviour(tokenizer):
     before = describe_tokenizer(tokenizer)
-    tokenizer(["solano", "peta kapi"], padding=True, truncation=True, max_length=1)  # leaves its marks in the backend
+    tokenizer(["solano", "peta kapi"], padding=True, truncation=True, max_length=1)  # changes the state of the backend
     assert describe_tokenizer(tokenizer) == before
     for change in ("eos_token", "chat_template"):
         other = build_tokenizer()
@@ -150,7 +150,7 @@ def test_a_tokenizer_is_told_by_what_it_does(tokenizer):
 # ------------------------------------------------------------------------------------------- damage, and two at once
 
 
-def the_folder(tmp_path: Path) -> Path:
+def entry_of(tmp_path: Path) -> Path:
     (folder,) = (tmp_path / "cache").iterdir()
     return folder
 
@@ -167,23 +167,23 @@ def flip_a_bit(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [cut_short, flip_a_bit, Path.unlink])
 @pytest.mark.parametrize("name", ["tokens", "bounds", "firsts", "rows", "row_ends", "manifest.json"])
-def test_damage_is_seen_said_and_mended(tmp_path, tokenizer, made, caplog, damage, name):
+def test_damage_is_detected_logged_and_repaired(tmp_path, tokenizer, made, caplog, damage, name):
     data = DataConfig(path=write(tmp_path / "rows.jsonl", pairs(9)), cache=str(tmp_path / "cache"))
     before = [*load_examples(data, tokenizer, need="supervised")]
     if name == "manifest.json" and damage is flip_a_bit:
-        manifest = json.loads((the_folder(tmp_path) / name).read_text())
-        (the_folder(tmp_path) / name).write_text(json.dumps(manifest | {"key": "of another"}))
+        manifest = json.loads((entry_of(tmp_path) / name).read_text())
+        (entry_of(tmp_path) / name).write_text(json.dumps(manifest | {"key": "of another"}))
     else:
-        damage(the_folder(tmp_path) / name)
+        damage(entry_of(tmp_path) / name)
     assert [*load_examples(data, tokenizer, need="supervised")] == before
-    assert len(made) == 2 and "is made anew: it cannot be used (" in caplog.text
+    assert len(made) == 2 and "is rebuilt: it cannot be used (" in caplog.text
     caplog.clear()
     load_examples(data, tokenizer, need="supervised")
-    assert len(made) == 2 and "made anew" not in caplog.text
-    assert [path.name for path in the_folder(tmp_path).parent.iterdir()] == [the_folder(tmp_path).name]
+    assert len(made) == 2 and "rebuilt" not in caplog.text
+    assert [path.name for path in entry_of(tmp_path).parent.iterdir()] == [entry_of(tmp_path).name]
 
 
-def test_what_fails_leaves_nothing_behind(tmp_path, tokenizer):
+def test_a_failed_build_leaves_no_files(tmp_path, tokenizer):
     path = write(tmp_path / "rows.jsonl", [*pairs(3), {"prompt": "a"}])
     data = DataConfig(path=path, cache=str(tmp_path / "cache"))
     with pytest.raises(DataError, match="rows.jsonl:4: field 'completion' is missing"):
@@ -191,7 +191,7 @@ def test_what_fails_leaves_nothing_behind(tmp_path, tokenizer):
     assert [*(tmp_path / "cache").iterdir()] == []
 
 
-def test_a_column_that_json_cannot_hold_is_told(tmp_path, tokenizer):
+def test_a_column_that_json_cannot_represent_is_an_error(tmp_path, tokenizer):
     import datetime
 
     import pyarrow
@@ -212,7 +212,7 @@ def load_in_a_process(path: str, folder: str, barrier, results) -> None:
     results.put([(row.prompt, row.completions, row.record.row["n"]) for row in examples])
 
 
-def test_two_runs_may_make_the_same_at_once(tmp_path, tokenizer):
+def test_two_runs_may_build_the_same_entry_at_once(tmp_path, tokenizer):
     path, folder = write(tmp_path / "rows.jsonl", pairs(2000)), str(tmp_path / "cache")
     context = multiprocessing.get_context("fork")  # the imports are done
     barrier, results = context.Barrier(3), context.Queue()
@@ -231,7 +231,7 @@ def test_two_runs_may_make_the_same_at_once(tmp_path, tokenizer):
 
 
 def peak_bytes(tmp_path: Path, tokenizer, rows: int, **options: str) -> int:
-    """While a data set is loaded and every row of an epoch is taken once."""
+    """Return the peak while a data set is loaded and every row of an epoch is read once."""
     path = tmp_path / f"{rows}.jsonl"
     with open(path, "w") as file:
         for i in range(rows):
@@ -249,13 +249,13 @@ def peak_bytes(tmp_path: Path, tokenizer, rows: int, **options: str) -> int:
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path, tokenizer, monkeypatch):
-    """Four times the rows: without a cache four times the memory; with one a few numbers a row for an epoch's order."""
-    monkeypatch.setattr(cache, "EXAMPLES_AT_ONCE", 50)
-    monkeypatch.setattr(loader, "_ROWS_AT_ONCE", 100)
+    """Four times the rows: four times the memory without a cache, with one a few numbers a row for the order."""
+    monkeypatch.setattr(cache, "EXAMPLES_PER_WRITE", 50)
+    monkeypatch.setattr(loader, "_ROWS_PER_CHUNK", 100)
     few, many = 200, 800
     small, large = (peak_bytes(tmp_path, tokenizer, rows, cache=str(tmp_path / "cache")) for rows in (few, many))
     in_memory = peak_bytes(tmp_path, tokenizer, many)
-    assert large < small + 150 * (many - few)  # a row in memory is 2,000 bytes and more
+    assert large < small + 150 * (many - few)  # a row in memory has more than 2,000 bytes
     assert in_memory > 2 * large and in_memory > 2000 * many
 
 
@@ -271,7 +271,7 @@ def test_the_log_is_the_same_from_the_cache(tmp_path, tokenizer, caplog):
     assert said[0] == said[1] and "3 of 4 rows" in said[0][0] and "dropped 1 of 4 rows: " in said[0][1]
 
 
-def test_folders_and_hub_names_are_told_by_what_lies_there(tmp_path, monkeypatch):
+def test_folders_and_hub_names_are_identified_by_content(tmp_path, monkeypatch):
     import datasets
 
     (tmp_path / "files").mkdir()

@@ -1,11 +1,11 @@
-"""Templates: rendered once, and the border between prompt and completion found by rendering, never by guessing."""
+"""Templates: rendered once, and the border between prompt and completion found by rendering."""
 
 import re
 
 import pytest
 
 from rlhf_core.data.chat import PLAIN_TEMPLATE, load_chat_template, render, split_turns
-from rlhf_core.data.formats import DataError
+from rlhf_core.data.errors import DataError
 
 SYSTEM = {"role": "system", "content": "Be kind."}
 USER = {"role": "user", "content": "Hi "}
@@ -15,7 +15,7 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# As the templates of reasoning models do: thoughts are left out of the history, and the generation prompt opens them.
+# As in templates of reasoning models: thoughts are left out of the history, and the generation prompt opens them.
 FORGETS_THOUGHTS = (
     "{% for message in messages %}[{{ message['role'] }}]{{ message['content'].split('</think>')[-1] }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]<think>{% endif %}"
@@ -113,7 +113,7 @@ def test_a_template_that_is_not_there(tmp_path):
         load_chat_template(tmp_path / "empty.jinja")
 
 
-# ----------------------------------------------------------------------------------------------- several turns to learn
+# ------------------------------------------------------------------------------------------- several supervised turns
 
 MORE, LATER = {"role": "user", "content": "More"}, {"role": "assistant", "content": "Later"}
 MARKED = (
@@ -122,7 +122,7 @@ MARKED = (
     "{% else %}{{ message['content'] }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-ONLY_LAST_END = (  # an end of text behind the whole alone
+ONLY_LAST_END = (  # an end of text after the whole conversation only
     "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% else %}</s>{% endif %}"
 )
@@ -162,7 +162,7 @@ def test_the_parts_of_a_conversation_are_the_whole(make_tokenizer, template, tur
     ],
 )
 def test_all_turns_of_a_template_that_rewrites_the_history(make_tokenizer, template, first, reason):
-    """It is refused with the way out, which is to learn the last turn alone."""
+    """The error names the way out: train on the last turn alone."""
     tokenizer, first = make_tokenizer(), {"role": "assistant", "content": first}
     with pytest.raises(DataError, match=f"not prefix-preserving: .*{reason}.*--data.turns last"):
         split_turns([USER], [first, MORE, LATER], tokenizer, template)
@@ -173,7 +173,7 @@ def test_all_turns_of_a_template_that_rewrites_the_history(make_tokenizer, templ
 
 
 def marks(before: str = "", after: str = "", start: str = "{% generation %}", end: str = "{% endgeneration %}") -> str:
-    """The marked template with its marks moved: `before` and `after` stand outside of them."""
+    """Return the marked template with moved marks: `before` and `after` are outside of them."""
     answer = f"{before}{start}{{{{ message['content'] }}}}{end}{after}"
     return MARKED.replace("{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}", answer)
 
@@ -213,7 +213,7 @@ def test_marks_on_other_parts_are_refused(make_tokenizer, template, found):
     if found is None:
         assert split_turns([USER], [ASSISTANT], tokenizer, template, special_tokens=special)[1] == "Sure: Hello\n"
         return
-    with pytest.raises(DataError, match=f"marks as the model's .*{found}.*Mend the marks"):
+    with pytest.raises(DataError, match=f"marks as the model's .*{found}.*Fix the marks"):
         split_turns([USER], [ASSISTANT, MORE, LATER], tokenizer, template, special_tokens=special)
 
 
@@ -277,12 +277,12 @@ def test_keys_of_the_templates_own_are_handed_to_it(make_tokenizer):
     ],
 )
 def test_a_template_that_knows_nothing_of_tools_is_refused(make_tokenizer, template, tools, what):
-    with pytest.raises(DataError, match=f"the chat template leaves out {what}.*Choose a template that knows of tools"):
+    with pytest.raises(DataError, match=f"the chat template leaves out {what}.*Choose a template that supports tools"):
         split_turns([USER, CALL, RESULT], [LATER], make_tokenizer(), template, tools)
 
 
 def test_a_template_that_refuses_a_call_without_its_calls_knows_of_them(make_tokenizer):
-    """The trial, an assistant's message of nothing, is no fault of the data."""
+    """That the template fails on the empty assistant message of the check is no fault of the data."""
     strict = "{% for message in messages %}{% if not message['content'] and not message['tool_calls'] %}"
     template = strict + "{{ raise_exception('an empty message') }}{% endif %}{% endfor %}" + KNOWS_TOOLS
     assert split_turns([USER, CALL, RESULT], [LATER], make_tokenizer(), template)[1] == "Later[end]"

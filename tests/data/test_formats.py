@@ -1,4 +1,4 @@
-"""Every door that data come through, and every reason to turn a row away."""
+"""Every kind of file and format, and every reason to refuse a row."""
 
 import csv
 import gzip
@@ -14,7 +14,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rlhf_core.data.formats import ALPACA_WITH_INPUT, FORMATS, DataError, read_records, recognise
+from rlhf_core.data.convert import ALPACA_WITH_INPUT
+from rlhf_core.data.errors import DataError
+from rlhf_core.data.formats import FORMATS, read_records, recognise
 
 PAIR = {"prompt": "Name a colour.", "chosen": "Blue, gladly.", "rejected": "Blue."}
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
@@ -31,7 +33,7 @@ def write_jsonl(path: Path, rows: list) -> Path:
 
 @pytest.fixture
 def jsonl(tmp_path):
-    """Write rows to rows.jsonl and give its path."""
+    """Return a function that writes rows to rows.jsonl and returns its path."""
     return lambda *rows: write_jsonl(tmp_path / "rows.jsonl", list(rows))
 
 
@@ -174,14 +176,9 @@ def test_every_format_with_a_prompt_serves_jobs_that_need_prompts(jsonl, row, pr
 
 
 def test_a_format_can_be_named(jsonl):
-    path = jsonl({"prompt": "a", "completion": "b", "label": "sport"})  # looks unpaired, and is not
+    path = jsonl({"prompt": "a", "completion": "b", "label": "sport"})  # has the columns of unpaired rows
     (record,) = read_records(path, need="supervised", format="prompt_completion")
     assert record.completions == ("b",)
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_each_format_says_its_columns(name):
-    assert FORMATS[name].columns() and FORMATS[name].looks_like
 
 
 # ----------------------------------------------------------------------------------------- data that are something else
@@ -280,7 +277,7 @@ BAD_ROWS = [  # (format, what is changed in its good row, the reason; ... takes 
     ("preference", {"chosen": ""}, "field 'chosen' is empty"),
     ("preference", {"rejected": " \n"}, "field 'rejected' is empty"),
     ("of messages", {"chosen": [ASSISTANT, USER]}, "field 'chosen': expected one assistant message"),
-    ("of messages", {"prompt": "Ho", "chosen": [USER, ASSISTANT]}, "after the very messages of the prompt"),
+    ("of messages", {"prompt": "Ho", "chosen": [USER, ASSISTANT]}, "after the messages of the prompt"),
     ("of messages", {"prompt": [USER, ASSISTANT]}, "field 'prompt' ends with an assistant turn"),
     ("of messages", {"rejected": [{"role": "assistant", "content": " "}]}, "field 'rejected' is empty"),
     ("implicit", {"rejected": [SYSTEM, USER, REPLY]}, "fields 'chosen' and 'rejected' have different prompts"),

@@ -1,4 +1,4 @@
-"""Rows into steps and micro-batches by tokens, mixtures, the user's own formatting, and the account of it all."""
+"""Steps and micro-batches by tokens, mixtures, formatting functions, and the counts of rows and tokens."""
 
 import json
 import logging
@@ -13,21 +13,21 @@ from hypothesis import strategies as st
 from rlhf_core.batch import PackedBatch
 from rlhf_core.config import ConfigError, DataConfig, RunConfig
 from rlhf_core.data.account import Account
+from rlhf_core.data.errors import DataError
 from rlhf_core.data.examples import Examples
-from rlhf_core.data.formats import DataError, Record
 from rlhf_core.data.loader import (
     Steps,
     accounts,
     best_fit,
     load_examples,
     pack_rows,
-    split_rows,
+    split_places,
     step_examples,
 )
 from rlhf_core.data.mixture import Mixture
-from rlhf_core.data.tokenize import Example
+from rlhf_core.data.records import Example, Record
 from rlhf_core.demo.language import build_tokenizer
-from rlhf_core.models.forward import token_logprobs
+from rlhf_core.models.forward import prepare, token_logprobs
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +35,16 @@ def tokenizer():
     return build_tokenizer()
 
 
+def split_rows(rows, settings):
+    return [[rows[i] for i in places] for places in split_places(rows, settings)]
+
+
 def config(**settings) -> RunConfig:
     return RunConfig(**dict(model="m", data="d", output="o", batch_size=4) | settings)
 
 
 def example(prompt: int, *completions: int, mark: int = 1) -> Example:
-    """With so many tokens in its parts."""
+    """Return an example whose parts have these numbers of tokens."""
     record = Record(prompt="", completions=(), row={}, source=f"rows.jsonl:{mark}")
     return Example(prompt=[mark] * prompt, completions=tuple([7] * length for length in completions), record=record)
 
@@ -90,12 +94,12 @@ def test_groups_by_size_alone_are_the_rows_in_order():
 
 
 def test_rows_of_one_group_do_not_see_each_other():
-    """Every row's log-probs in a group that was filled by tokens are those that it has alone."""
+    """The log-probs of a row in a group that was filled by tokens equal those of the row alone."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     shape = dict(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
-    policy = LlamaForCausalLM(LlamaConfig(**shape, initializer_range=0.4)).double()
+    policy = prepare(LlamaForCausalLM(LlamaConfig(**shape, initializer_range=0.4)).double(), "packed")
     draw = np.random.default_rng(0)
     rows = [
         Example(
@@ -109,8 +113,8 @@ def test_rows_of_one_group_do_not_see_each_other():
     assert len(groups) < len(rows) and max(map(len, groups)) > 1
     with torch.no_grad():
         for group in groups:
-            together = token_logprobs(policy, pack_rows(group), layout="packed")
-            alone = [token_logprobs(policy, pack_rows([row]), layout="packed") for row in group]
+            together = token_logprobs(policy, pack_rows(group))
+            alone = [token_logprobs(policy, pack_rows([row])) for row in group]
             assert torch.allclose(together, torch.cat(alone), atol=1e-6)
 
 
@@ -123,7 +127,7 @@ def marks(rows: list[Example]) -> list[int]:
 
 @pytest.mark.parametrize("epochs", [1, 2.5])
 def test_a_step_ends_before_it_has_too_many_tokens(epochs):
-    """Against a second, naive way: rows one by one in the order of the epoch."""
+    """Against a naive implementation: rows one by one in the order of the epoch."""
     draw = np.random.default_rng(1)
     rows = [example(int(size), 2, mark=i) for i, size in enumerate(draw.integers(1, 30, 40))]
     rows[11] = example(200, 2, mark=11)
@@ -173,7 +177,7 @@ def part(count: int, mark: int) -> list[Example]:
 
 
 def drawn(mixture: Mixture, seed: int, epochs: int) -> list[list[tuple[int, int]]]:
-    """(data set, row in it) of everything an epoch gives."""
+    """Return (data set, row in it) of every example of each epoch."""
     size = len(mixture)
     rows = [step_examples(mixture, size, seed=seed, step=epoch + 1) for epoch in range(epochs)]
     return [[(len(row.prompt), len(row.completions[0]) - 1) for row in epoch] for epoch in rows]
@@ -223,7 +227,7 @@ def test_data_sets_of_different_formats_are_read_as_one(tmp_path, tokenizer):
     one, other = write(tmp_path / "a.jsonl", PAIRS), write(tmp_path / "b,c.jsonl", TEXTS)
     examples = load_examples(DataConfig(path=f"{one},{other}".replace("b,", "b\\,")), tokenizer, need="supervised")
     assert [row.record.source for row in examples] == ["a.jsonl:1", "a.jsonl:2", *(f"b,c.jsonl:{i}" for i in (1, 2, 3))]
-    assert DataConfig(path=other).paths() == (other,)  # it exists as it is written
+    assert DataConfig(path=other).paths() == (other,)  # a path that exists is not split
     assert [each["rows"] for each in accounts(examples)] == [2, 3]
     weighted = load_examples(DataConfig(path=one, weights=(2,)), tokenizer, need="supervised")
     assert len(weighted) == 2
@@ -333,7 +337,7 @@ def test_nothing_left_is_an_error_with_the_reasons(tmp_path, tokenizer):
 
 HOOKS = '''
 def question(row):
-    """A row of somebody's own making, as a prompt with its completion."""
+    """Return a row of another format as a prompt with its completion."""
     if row["q"] == "skip":
         return None
     return {"prompt": row["q"], "completion": row["a"]}

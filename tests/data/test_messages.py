@@ -1,4 +1,4 @@
-"""Conversations as data sets write them: tools, several turns, system prompts, keys of a template's own."""
+"""Conversations in data sets: tools, several turns, system prompts, keys for the template."""
 
 import json
 
@@ -7,7 +7,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rlhf_core.data.formats import DataError, read_records
+from rlhf_core.data.errors import DataError
+from rlhf_core.data.formats import read_records
 
 SYSTEM = {"role": "system", "content": "Be kind."}
 USER, ASSISTANT = {"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "It is 2."}
@@ -22,7 +23,7 @@ TOOL_USE = [USER, CALL, RESULT, ASSISTANT, MORE, LATER]
 
 @pytest.fixture
 def read(tmp_path):
-    """Write one row (or more) and read it back as the records of a job."""
+    """Return a function that writes rows and reads them as records."""
 
     def run(*rows: dict, need: str = "supervised", **options):
         path = tmp_path / "rows.jsonl"
@@ -32,7 +33,7 @@ def read(tmp_path):
     return run
 
 
-# ------------------------------------------------------------------------------------------------------ what is learned
+# ----------------------------------------------------------------------------------------------------- supervised turns
 
 
 @pytest.mark.parametrize(
@@ -41,17 +42,17 @@ def read(tmp_path):
         ({"messages": TOOL_USE}, "last", TOOL_USE[:5], [LATER]),
         ({"messages": TOOL_USE}, "all", [USER], TOOL_USE[1:]),
         ({"messages": [SYSTEM, *TOOL_USE]}, "all", [SYSTEM, USER], TOOL_USE[1:]),
-        ({"messages": [*TOOL_USE, USER]}, "all", [USER], TOOL_USE[1:]),  # nobody answered the last
-        ({"messages": [USER, CALL, RESULT]}, "last", [USER], [CALL]),  # nor this one
+        ({"messages": [*TOOL_USE, USER]}, "all", [USER], TOOL_USE[1:]),  # without an answer to the last
+        ({"messages": [USER, CALL, RESULT]}, "last", [USER], [CALL]),  # nor to this one
         ({"messages": [USER, ASSISTANT]}, "all", [USER], [ASSISTANT]),
         ({"prompt": [USER], "completion": [CALL, RESULT, ASSISTANT]}, "last", [USER, CALL, RESULT], [ASSISTANT]),
         ({"prompt": [USER], "completion": [CALL, RESULT, ASSISTANT]}, "all", [USER], [CALL, RESULT, ASSISTANT]),
-        # A turn of weight 0 is history, wherever it stands.
+        # A turn of weight 0 is not supervised, wherever it is.
         ({"messages": [USER, OFF, *TOOL_USE]}, "all", [USER, OFF, USER], TOOL_USE[1:]),
         ({"messages": [*TOOL_USE, USER, OFF]}, "all", [USER], TOOL_USE[1:]),
         ({"messages": [*TOOL_USE, USER, OFF]}, "last", TOOL_USE[:5], [LATER]),
         ({"messages": [USER, LATER, USER, OFF, USER, LATER]}, "all", [USER], [LATER, USER, OFF, USER, LATER]),
-        # A border that the data draw themselves stays: the turns of a prompt are not learned.
+        # The border between the columns holds: the turns of a prompt are not supervised.
         ({"prompt": TOOL_USE[:5], "completion": [LATER]}, "all", TOOL_USE[:5], [LATER]),
     ],
 )
@@ -71,7 +72,7 @@ def test_a_prompt_may_end_with_a_tools_result(read):
 
 
 def test_all_turns_are_for_supervised_jobs(read):
-    with pytest.raises(DataError, match="data.turns='all' is for rlhf sft: here the last answer alone"):
+    with pytest.raises(DataError, match="data.turns='all' is for rlhf sft: here only the last answer"):
         read({"prompt": "a", "chosen": "b", "rejected": "c"}, need="preference", turns="all")
     with pytest.raises(ValueError, match="turns='each', expected 'last' or 'all'"):
         read({"messages": TOOL_USE}, turns="each")
@@ -295,9 +296,9 @@ def test_pairs_have_one_answer_each(read):
         ("", None, None, None),
         (None, "Be brief.", None, "Be brief."),
         (" ", "Be brief.", None, "Be brief."),
-        ("Be kind.", "Be brief.", None, "Be kind."),  # the row knows better
+        ("Be kind.", "Be brief.", None, "Be kind."),  # the row takes precedence
         (None, "Be brief.", "Be kind.", "Be kind."),
-        ("Be kind.", None, "Be kind.", "Be kind."),  # said twice, once is enough
+        ("Be kind.", None, "Be kind.", "Be kind."),  # the same twice
     ],
 )
 @pytest.mark.parametrize("need", ["supervised", "prompts"])

@@ -1,4 +1,4 @@
-"""What `--data.preview` prints, and that nothing else happens then."""
+"""What `--data.preview` prints, and that it has no other effect."""
 
 import json
 from pathlib import Path
@@ -23,12 +23,12 @@ def shown(tmp_path: Path, tokenizer, rows: list[dict], *, need: str, colour: boo
     return show(load_examples(data, tokenizer, need=need)[:], tokenizer, need=need, colour=colour).split("\n")
 
 
-def test_what_is_learned_is_between_brackets(tmp_path, tokenizer):
+def test_supervised_tokens_are_between_brackets(tmp_path, tokenizer):
     row = {"prompt": "solano peta", "completion": "dolo", "weight": 0.5}
     assert shown(tmp_path, tokenizer, [row], need="supervised") == [
-        "What is learned is between [[ and ]].",
+        "Supervised tokens are between [[ and ]].",
         "",
-        "1. rows.jsonl:1: 3 tokens of prompt, 2 of completion, 2 of them learned, weight 0.5",
+        "1. rows.jsonl:1: 3 tokens of prompt, 2 of completion, 2 of them supervised, weight 0.5",
         "--- prompt",
         "<bos> solano peta",
         "--- completion",
@@ -36,9 +36,9 @@ def test_what_is_learned_is_between_brackets(tmp_path, tokenizer):
     ]
 
 
-def test_what_is_learned_is_green_on_a_terminal(tmp_path, tokenizer):
+def test_supervised_tokens_are_green_on_a_terminal(tmp_path, tokenizer):
     lines = shown(tmp_path, tokenizer, [{"prompt": "peta", "completion": "dolo"}], need="supervised", colour=True)
-    assert lines[0] == "What is learned is green."
+    assert lines[0] == "Supervised tokens are green."
     assert lines[-3:] == ["\033[2m<bos> peta\033[0m", "\033[1m--- completion\033[0m", "\033[32mdolo <eos>\033[0m"]
 
 

@@ -1,4 +1,4 @@
-"""Rows with more to say than a prompt and an answer: weights, margins, ranked lists, steps, attributes."""
+"""Weights, margins, ranked lists, steps and attributes of rows."""
 
 import json
 import math
@@ -6,14 +6,15 @@ import math
 import pytest
 
 from rlhf_core.config import ConfigError, DataConfig, ModelConfig
-from rlhf_core.data.formats import FORMATS, DataError, read_records
+from rlhf_core.data.errors import DataError
+from rlhf_core.data.formats import FORMATS, read_records
 from rlhf_core.data.loader import load_examples
 from rlhf_core.data.tokenize import encode_records
 from rlhf_core.rollout.generate import GenerateConfig, generate
 
 USER = {"role": "user", "content": "Name a colour."}
 PAIR = {"prompt": "Name a colour.", "chosen": "Blue, gladly.", "rejected": "Blue."}
-NEEDS = {  # a row for every need, that other columns are put beside
+NEEDS = {  # a row for every need, to which other columns are added
     "supervised": {"prompt": "a", "response": "b"},
     "preference": PAIR,
     "unpaired": {"prompt": "a", "response": "b", "label": True},
@@ -123,7 +124,7 @@ def test_the_tokens_of_a_ranking(write, make_tokenizer):
 
 
 def test_a_ranking_has_no_ties(write, caplog):
-    """Of the second row stay the two ranks, in the third the same words are left with the better rank."""
+    """The second row keeps one of each rank; the third keeps the better rank of equal texts."""
     path = write(
         {"prompt": "a", "responses": ["x", "y"], "scores": [1, 2]},
         {"prompt": "a", "responses": ["x", "y", "z", "w"], "scores": [1, 2, 2.0, 1]},
@@ -133,7 +134,7 @@ def test_a_ranking_has_no_ties(write, caplog):
     )
     records = read_records(path, need="ranking")
     assert [record.completions for record in records] == [("y", "x"), ("y", "x"), ("x", "y")]
-    assert "answers that have the rank, or the very words, of another are left out (first: rows.jsonl:2)" in caplog.text
+    assert "answers with the rank, or the text, of another are left out (first: rows.jsonl:2)" in caplog.text
     assert "dropped 2 of 5 rows" in caplog.text and "(first: rows.jsonl:4)" in caplog.text
 
 
@@ -168,7 +169,7 @@ STEPS = {"prompt": "3 + 4 + 5?", "completions": ["3 + 4 = 7.", "7 + 5 = 13."], "
 
 @pytest.mark.parametrize("separator", ["\n", "\n\n", " ки "])
 def test_an_answer_in_steps(write, make_tokenizer, separator):
-    """Each step ends with its separator, the last with EOS: where a step is over, its last token is."""
+    """Each step ends with its separator, the last with EOS; `step_ends` has the index of that token."""
     (record,) = read_records(write(STEPS), need="process", step_separator=separator)
     assert record.completions == (f"3 + 4 = 7.{separator}7 + 5 = 13.",)
     assert (record.steps, record.step_labels) == ((f"3 + 4 = 7.{separator}", "7 + 5 = 13."), (True, False))
@@ -208,7 +209,7 @@ def test_no_token_bridges_two_steps(write, shared):
 
 
 def test_steps_in_a_conversation(write, make_tokenizer):
-    """A template may write before and after the answer: the first step and the last take that with them."""
+    """Text that a template writes before and after the answer belongs to its first and last step."""
     template = (
         "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -346,7 +347,7 @@ def test_settings_of_attributes_that_cannot_be(attributes):
 
 
 def test_generation_asks_in_the_words_of_training(write, stories, tmp_path):
-    """The prompt of `rlhf generate --attributes` is that of the rows a model was trained on, to the token."""
+    """The prompt of `rlhf generate --attributes` has the same tokens as the rows of training."""
     settings = dict(model={"path": str(stories)}, sampling={"max_new_tokens": 1, "temperature": 0}, device="cpu")
     path = write({"prompt": "Once upon a time", "response": "x", "good": 4, "long": 2})
     (trained,) = read_records(path, need="supervised", attributes=("good", "long"))
@@ -369,14 +370,14 @@ def test_generation_is_told_of_attributes_once(tmp_path):
 
 
 def test_the_settings_reach_the_rows(write, make_tokenizer):
-    """What DataConfig says of turns, system prompt, attributes and separator is in the tokens."""
+    """Turns, system prompt, attributes and separator of a DataConfig affect the tokens."""
     tokenizer = make_tokenizer()
     path = str(write({"messages": [USER, *said("x"), USER, *said("y")], "score": 3}))
     plain = dict(path=path, chat_template="plain", system="S")
     (example,) = load_examples(DataConfig(**plain, turns="all"), tokenizer, need="supervised")
     assert tokenizer.decode(example.prompt) == "<s>System: S\n\nUser: Name a colour.\n\nAssistant:"
-    learned = [token for token, flag in zip(example.completions[0], example.supervised[0], strict=True) if flag]
-    assert tokenizer.decode(learned) == " x y</s>"
+    supervised = [token for token, flag in zip(example.completions[0], example.supervised[0], strict=True) if flag]
+    assert tokenizer.decode(supervised) == " x y</s>"
     (example,) = load_examples(DataConfig(**plain, attributes="score"), tokenizer, need="supervised")
     assert tokenizer.decode(example.prompt).endswith(
         "Assistant: x\n\nUser: Name a colour.\n\nAttributes: score:3\n\nAssistant:"

@@ -1,10 +1,12 @@
-"""Prompt and completion apart, EOS once, BOS at most once, nothing lost without a word."""
+"""Prompt and completion are tokenised separately, with EOS once and BOS at most once, and every loss is counted."""
 
 import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
 from rlhf_core.data.chat import PLAIN_TEMPLATE
-from rlhf_core.data.formats import DataError, Record, read_records
+from rlhf_core.data.errors import DataError
+from rlhf_core.data.formats import read_records
+from rlhf_core.data.records import Record
 from rlhf_core.data.tokenize import encode_records, stop_ids
 
 CHATML = (
@@ -12,7 +14,7 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
-HABITS = {  # what a tokenizer has and does, each a trap for code that masks by id
+HABITS = {  # special tokens of tokenizers, each a pitfall for masks by token id
     "bos, eos and pad": {},
     "pad == eos": {"pad": "</s>"},
     "no pad": {"pad": None},
@@ -34,7 +36,7 @@ def encode(tokenizer, *records, **options):
 
 
 def as_text(tokenizer, example) -> tuple[str, ...]:
-    """The prompt and the completions of an example of the character tokenizer, special tokens by name."""
+    """Return the prompt and the completions of an example as text, special tokens by name."""
     return tuple(tokenizer.decode(tokens) for tokens in (example.prompt, *example.completions))
 
 
@@ -113,7 +115,7 @@ def test_another_stop_token_at_the_end_is_kept_in_place_of_eos(make_tokenizer):
 
 
 def test_a_stop_id_that_is_an_ordinary_character(make_tokenizer):
-    """Some checkpoints stop at a newline: text that ends with one has its end already."""
+    """Some checkpoints stop at a newline: text that ends with one needs no further end."""
     tokenizer = make_tokenizer()
     newline = tokenizer.convert_tokens_to_ids("\n")
     examples = encode(tokenizer, record("Say", "Hi\n"), record("Say", "Hi"), stop_ids={newline, tokenizer.eos_token_id})
@@ -149,14 +151,14 @@ def test_an_empty_prompt_without_a_bos_is_an_error(make_tokenizer):
 
 
 @pytest.mark.parametrize("adds", ["<s> $A", "$A"])
-def test_plain_text_is_learned_from_bos_on(make_tokenizer, adds):
+def test_plain_text_is_supervised_after_bos(make_tokenizer, adds):
     tokenizer = make_tokenizer(adds=adds)
     (example,) = encode(tokenizer, record(None, "Once."))
     assert as_text(tokenizer, example) == ("<s>", "Once.</s>")
 
 
 @pytest.mark.parametrize(("text", "expected"), [("Once.", ("O", "nce.</s>")), ("O", ("O", "</s>"))])
-def test_plain_text_without_a_bos_is_learned_from_its_second_token_on(make_tokenizer, text, expected):
+def test_plain_text_without_a_bos_is_supervised_from_its_second_token(make_tokenizer, text, expected):
     tokenizer = make_tokenizer(bos=None, adds="$A")
     (example,) = encode(tokenizer, record(None, text))
     assert as_text(tokenizer, example) == expected
@@ -189,7 +191,7 @@ def test_messages_are_rendered_once_and_cut_after_the_stop_token(make_tokenizer)
     assert prompt == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert (chosen, rejected) == ("Hello<|im_end|>", "Go<|im_end|>")
     start, end = tokenizer.convert_tokens_to_ids(CHATML_TOKENS)
-    assert (example.prompt.count(start), example.prompt.count(end)) == (2, 1)  # the template's tokens are tokens
+    assert (example.prompt.count(start), example.prompt.count(end)) == (2, 1)  # the template's are special tokens
     assert example.completions[0][-1] == end
 
 
@@ -264,7 +266,7 @@ def test_more_records_than_one_call_takes_stay_in_order(make_tokenizer, monkeypa
     ("max_length", "prompt"), [(99, "<s>abcdef"), (11, "<s>abcdef"), (10, "<s>bcdef"), (7, "<s>ef"), (6, "<s>f")]
 )
 def test_a_prompt_is_cut_on_the_left_behind_its_bos(make_tokenizer, caplog, max_length, prompt):
-    """The longer completion, three characters and EOS, is what counts."""
+    """The longest completion, three characters and EOS, determines the length."""
     tokenizer = make_tokenizer()
     (example,) = encode(tokenizer, record("abcdef", "x", "xyz"), max_length=max_length)
     assert as_text(tokenizer, example) == (prompt, "x</s>", "xyz</s>")
@@ -324,7 +326,7 @@ def test_stories260k(shared):
 
 
 def test_gpt2(shared):
-    """bos == eos == unk == 50256, no pad, and a tokenizer that adds nothing of its own."""
+    """bos == eos == unk == 50256, no pad, and a tokenizer that adds no token."""
     tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "gpt2_tokenizer")
     (example, story) = encode(tokenizer, record("Hello", " world"), record(None, "Once upon a time"))
     assert (example.prompt, example.completions) == ([15496], ([995, 50256],))

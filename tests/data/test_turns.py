@@ -1,6 +1,6 @@
-"""Conversations as tokens: which are learned, BOS once, EOS once and learned, whatever template and tokenizer do.
+"""Conversations as tokens: which are supervised, BOS once, EOS once and supervised, for any template and tokenizer.
 
-The character tokenizer makes every expectation a text: what is learned, and what is not, is written out by hand.
+The character tokenizer makes every expectation a text: what is supervised, and what is not, is written out by hand.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,8 @@ from transformers import AddedToken, AutoTokenizer
 
 from rlhf_core.batch import PackedBatch
 from rlhf_core.data.chat import PLAIN_TEMPLATE, render, split_turns
-from rlhf_core.data.formats import DataError, Record
+from rlhf_core.data.errors import DataError
+from rlhf_core.data.records import Record
 from rlhf_core.data.tokenize import encode_records, stop_ids
 
 SYSTEM = {"role": "system", "content": "S"}
@@ -22,11 +23,11 @@ RESULT = {"role": "tool", "content": "[7]"}
 
 @dataclass(frozen=True)
 class Family:
-    """A template as one family of models has it, its tokens, and what it makes of Hi, Hello, More, Later."""
+    """The template of a family of models, its tokens, and the result for Hi, Hello, More, Later."""
 
     template: str
     prompt: str
-    learned: tuple[str, str]
+    supervised: tuple[str, str]
     between: str
     tokenizer: dict
     stops: tuple[str, ...] = ()
@@ -36,7 +37,7 @@ FAMILIES = {
     "plain": Family(
         template=PLAIN_TEMPLATE,
         prompt="<s>User: Hi\n\nAssistant:",
-        learned=(" Hello", " Later</s>"),  # nothing written ends a turn: the end is learned from the last
+        supervised=(" Hello", " Later</s>"),  # the template writes no end: only the last turn has one
         between="\n\nUser: More\n\nAssistant:",
         tokenizer={},
     ),
@@ -46,7 +47,7 @@ FAMILIES = {
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
         ),
         prompt="<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
-        learned=("Hello<|im_end|>", "Later<|im_end|>"),
+        supervised=("Hello<|im_end|>", "Later<|im_end|>"),
         between="\n<|im_start|>user\nMore<|im_end|>\n<|im_start|>assistant\n",
         tokenizer={"eos": "<|im_end|>", "more_special": ["<|im_start|>"]},
     ),
@@ -56,7 +57,7 @@ FAMILIES = {
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
         ),
         prompt="<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
-        learned=("Hello<|im_end|>", "Later<|im_end|>"),
+        supervised=("Hello<|im_end|>", "Later<|im_end|>"),
         between="\n<|im_start|>user\nMore<|im_end|>\n<|im_start|>assistant\n",
         tokenizer={"more_special": ["<|im_start|>", "<|im_end|>"]},
         stops=("<|im_end|>",),
@@ -67,7 +68,7 @@ FAMILIES = {
             "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
         ),
         prompt="<s>[INST] Hi [/INST]",
-        learned=(" Hello </s>", " Later </s>"),
+        supervised=(" Hello </s>", " Later </s>"),
         between="<s>[INST] More [/INST]",
         tokenizer={},
     ),
@@ -77,7 +78,7 @@ FAMILIES = {
             "{% endfor %}{% if add_generation_prompt %}<|header|>assistant<|/header|>\n\n{% endif %}"
         ),
         prompt="<s><|header|>user<|/header|>\n\nHi<|eot|><|header|>assistant<|/header|>\n\n",
-        learned=("Hello<|eot|>", "Later<|eot|>"),
+        supervised=("Hello<|eot|>", "Later<|eot|>"),
         between="<|header|>user<|/header|>\n\nMore<|eot|><|header|>assistant<|/header|>\n\n",
         tokenizer={"more_special": ["<|header|>", "<|/header|>", "<|eot|>"]},
         stops=("<|eot|>",),
@@ -88,7 +89,7 @@ FAMILIES = {
             "{{ m.content | trim }}</turn>\n{% endfor %}{% if add_generation_prompt %}<turn>model\n{% endif %}"
         ),
         prompt="<s><turn>user\nHi</turn>\n<turn>model\n",
-        learned=("Hello</turn>", "Later</turn>"),
+        supervised=("Hello</turn>", "Later</turn>"),
         between="\n<turn>user\nMore</turn>\n<turn>model\n",
         tokenizer={"more_special": ["<turn>", "</turn>"]},
         stops=("</turn>",),
@@ -99,7 +100,7 @@ FAMILIES = {
             "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
         ),
         prompt="<s>[INST] Hi[/INST]",
-        learned=(" Hello</s>", " Later</s>"),
+        supervised=(" Hello</s>", " Later</s>"),
         between="[INST] More[/INST]",
         tokenizer={},
     ),
@@ -109,7 +110,7 @@ FAMILIES = {
             "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
         ),
         prompt="<user>Hi<assistant>",
-        learned=("Hello</s>", "Later</s>"),
+        supervised=("Hello</s>", "Later</s>"),
         between="<user>More<assistant>",
         tokenizer={"bos": None, "adds": "$A"},
     ),
@@ -120,12 +121,12 @@ FAMILIES = {
             "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
         ),
         prompt="<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
-        learned=("Hello<|im_end|>", "Later<|im_end|>"),
+        supervised=("Hello<|im_end|>", "Later<|im_end|>"),
         between="\n<|im_start|>user\nMore<|im_end|>\n<|im_start|>assistant\n",
         tokenizer={"eos": "<|im_end|>", "more_special": ["<|im_start|>"]},
     ),
 }
-HABITS = {  # of tokenizers; what they add by themselves must not come twice
+HABITS = {  # of tokenizers; the tokens that they add must not be there twice
     "adds BOS": {"adds": "<s> $A"},
     "adds nothing": {"adds": "$A"},
     "adds BOS and EOS": {"adds": "<s> $A </s>"},
@@ -156,7 +157,7 @@ def conversation(prompt: list[dict], completion: list[dict], **more) -> Record:
 
 
 def stretches(tokenizer, example) -> list[tuple[bool, str]]:
-    """A completion as (learned, text) of each stretch of tokens with the same flag."""
+    """Return (supervised, text) of each run of tokens with the same flag."""
     (tokens,) = example.completions
     (flags,) = example.supervised or ([True] * len(tokens),)
     found: list[tuple[bool, list[int]]] = []
@@ -172,10 +173,10 @@ def stretches(tokenizer, example) -> list[tuple[bool, str]]:
 
 @pytest.mark.parametrize("habits", HABITS.values(), ids=HABITS.keys())
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
-def test_every_turn_of_the_model_is_learned_with_its_end_and_nothing_else(make_tokenizer, family, habits):
+def test_every_turn_of_the_model_is_supervised_with_its_end_and_nothing_else(make_tokenizer, family, habits):
     tokenizer = build(make_tokenizer, family, **habits)
     (example,) = encode(tokenizer, conversation([USER], [HELLO, MORE, LATER]), stops=family.stops)
-    first, last = family.learned
+    first, last = family.supervised
     assert tokenizer.decode(example.prompt) == family.prompt
     assert stretches(tokenizer, example) == [(True, first), (False, family.between), (True, last)]
 
@@ -183,7 +184,7 @@ def test_every_turn_of_the_model_is_learned_with_its_end_and_nothing_else(make_t
 @pytest.mark.parametrize("habits", HABITS.values(), ids=HABITS.keys())
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 def test_the_last_turn_alone(make_tokenizer, family, habits):
-    """All before is prompt, and the tokens are the same; BOS stands once at the beginning, EOS is the last token."""
+    """All before is prompt, and the tokens are the same; BOS is the first token, once, and EOS the last."""
     tokenizer = build(make_tokenizer, family, **habits)
     (whole,) = encode(tokenizer, conversation([USER], [HELLO, MORE, LATER]), stops=family.stops)
     (example,) = encode(tokenizer, conversation([USER, HELLO, MORE], [LATER]), stops=family.stops)
@@ -197,7 +198,7 @@ def test_the_last_turn_alone(make_tokenizer, family, habits):
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 def test_nothing_of_the_conversation_is_lost(make_tokenizer, family):
-    """The tokens, learned or not, are the text that the template writes, but for what follows the last end."""
+    """All tokens together are the text of the template, except for what follows the last end."""
     tokenizer = build(make_tokenizer, family)
     turns = [USER, HELLO, MORE, LATER, MORE, HELLO]
     (example,) = encode(tokenizer, conversation(turns[:1], turns[1:]), stops=family.stops)
@@ -215,7 +216,7 @@ def test_a_turn_of_weight_0_is_not_learned(make_tokenizer):
 
 
 def test_the_mask_is_that_of_transformers(make_tokenizer):
-    """Where a template marks the model's part, transformers makes a mask of the tokens of the whole text."""
+    """Where a template marks the model's part, transformers returns a mask of the tokens of the whole text."""
     family = FAMILIES["marked"]
     tokenizer = build(make_tokenizer, family)
     turns = [USER, HELLO, MORE, LATER]
@@ -232,8 +233,10 @@ def test_the_loss_sees_the_learned_tokens_of_a_batch(make_tokenizer):
     rows = [conversation([USER], [HELLO, MORE, LATER]), conversation([USER], [LATER])]
     examples = encode(tokenizer, *rows)
     batch = PackedBatch.pack([(row.prompt, row.completions, row.supervised) for row in examples])
-    learned = [tokenizer.decode(ids[mask]) for ids, mask in zip(batch.completion_ids(), batch.loss_mask, strict=True)]
-    assert learned == ["Hello<|im_end|>Later<|im_end|>", "Later<|im_end|>"]
+    supervised = [
+        tokenizer.decode(ids[mask]) for ids, mask in zip(batch.completion_ids(), batch.loss_mask, strict=True)
+    ]
+    assert supervised == ["Hello<|im_end|>Later<|im_end|>", "Later<|im_end|>"]
 
 
 # ---------------------------------------------------------------------------------------------------------------- tools
@@ -278,8 +281,8 @@ def test_an_end_that_was_added_without_being_called_special_is_an_end(make_token
     tokenizer = make_tokenizer(more_special=["<|im_start|>"], chat_template=FAMILIES["chatml"].template)
     tokenizer.add_tokens(["<|im_end|>"])
     (example,) = encode(tokenizer, conversation([USER], [HELLO, MORE, LATER][: 2 * turns - 1]), stops=("<|im_end|>",))
-    learned = "".join(text for flag, text in stretches(tokenizer, example) if flag)
-    assert learned == "Hello<|im_end|>" + "Later<|im_end|>" * (turns - 1)
+    supervised = "".join(text for flag, text in stretches(tokenizer, example) if flag)
+    assert supervised == "Hello<|im_end|>" + "Later<|im_end|>" * (turns - 1)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +305,7 @@ def test_special_tokens_typed_in_calls_tools_and_other_keys_are_found(make_token
 @pytest.mark.parametrize("model", ["gpt2_tokenizer", "stories260K"])
 @pytest.mark.parametrize(("family", "end"), [("plain", ""), ("chatml", "<|im_end|>"), ("llama 2", "eos")])
 def test_turns_are_tokenised_as_sampling_would_see_them(shared, model, family, end):
-    """Turns that begin and end with what real tokens merge: each has the tokens of its own text, as if written alone.
+    """Turns that begin and end with text that tokens could span: each has the tokens of its own text.
 
     What stands between is tokenised behind the end of a turn, as it is in the prompt for the next one.
     """
@@ -338,7 +341,7 @@ def test_turns_are_tokenised_as_sampling_would_see_them(shared, model, family, e
 
 
 def test_what_follows_an_end_is_tokenised_behind_it(make_tokenizer):
-    """Some tokenizers swallow white space after the end of a turn: what no prompt will hold is not trained on."""
+    """Some tokenizers drop white space after the end of a turn: it is in no prompt, so it is not trained on."""
     tokenizer = build(make_tokenizer, FAMILIES["chatml"])
     tokenizer.add_special_tokens({"eos_token": AddedToken("<|im_end|>", rstrip=True, special=True)})
     (example,) = encode(tokenizer, conversation([USER], [HELLO, MORE, LATER]))
@@ -359,20 +362,20 @@ def cut(make_tokenizer, max_length: int, **options):
 
 
 @pytest.mark.parametrize(
-    ("max_length", "prompt", "learned"),
+    ("max_length", "prompt", "supervised"),
     [
         (49, "<s>[INST] Hi[/INST]", [(True, " Hello</s>"), (False, "[INST] More[/INST]"), (True, " Later</s>")]),
         (48, "<s>INST] Hi[/INST]", [(True, " Hello</s>"), (False, "[INST] More[/INST]"), (True, " Later</s>")]),
         (34, "<s>]", [(True, " Hello</s>"), (False, "[INST] More[/INST]"), (True, " Later</s>")]),
-        # With one token less the first turn is no more learned, and is cut with the prompt.
+        # With one token less the first turn is not supervised, and is cut with the prompt.
         (33, "<s> Hello</s>[INST] More[/INST]", [(True, " Later</s>")]),
         (32, "<s>Hello</s>[INST] More[/INST]", [(True, " Later</s>")]),
         (9, "<s>]", [(True, " Later</s>")]),
     ],
 )
-def test_the_first_turns_are_cut_with_the_prompt(make_tokenizer, max_length, prompt, learned):
+def test_the_first_turns_are_cut_with_the_prompt(make_tokenizer, max_length, prompt, supervised):
     tokenizer, (example,) = cut(make_tokenizer, max_length)
-    assert (tokenizer.decode(example.prompt), stretches(tokenizer, example)) == (prompt, learned)
+    assert (tokenizer.decode(example.prompt), stretches(tokenizer, example)) == (prompt, supervised)
     assert len(example.prompt) + len(example.completions[0]) <= max_length
     if example.supervised is not None:
         assert len(example.supervised[0]) == len(example.completions[0])
@@ -393,7 +396,7 @@ def test_other_ways_with_what_is_too_long(make_tokenizer, completion):
 
 
 def test_text_without_room_for_a_token_to_learn_is_dropped(make_tokenizer):
-    """A row with nothing to learn is never an example: here two tokens stand before every text."""
+    """A row without a supervised token is never an example: here two tokens precede every text."""
     tokenizer = make_tokenizer(adds="<cls> <s> $A", more_special=["<cls>"])
     text = Record(prompt=None, completions=("abc",), row={}, source="rows.jsonl:1")
     (example,) = encode(tokenizer, text, max_length=3)
@@ -404,7 +407,7 @@ def test_text_without_room_for_a_token_to_learn_is_dropped(make_tokenizer):
 
 def test_a_turn_that_has_no_tokens_is_an_error(make_tokenizer):
     tokenizer = build(make_tokenizer, FAMILIES["mistral"])
-    silent = {"role": "assistant", "content": "\x07"}  # which this tokenizer knows nothing of
+    silent = {"role": "assistant", "content": "\x07"}  # has no token in this tokenizer
     template = FAMILIES["mistral"].template.replace(" {{ m.content }}{{ eos", "{{ m.content }}{{ eos")
     with pytest.raises(DataError, match="rows.jsonl:1: a completion has no token before its end"):
         encode(tokenizer, conversation([USER], [silent, MORE, LATER]), chat_template=template)

@@ -1,4 +1,4 @@
-"""Every real file through the one door, from its path to the packed batch: no format named, no column renamed."""
+"""Real files from their path to the packed batch: no format is named, no column renamed."""
 
 import pytest
 from transformers import AutoTokenizer
@@ -9,7 +9,7 @@ from rlhf_core.data.formats import read_records
 from rlhf_core.data.loader import load_examples
 from tests.conftest import shared_folder
 
-NEEDS = {  # what a file's name says that it is for
+NEEDS = {  # by the prefix of a file's name
     "pref": "preference",
     "hh": "preference",
     "kto": "unpaired",
@@ -31,7 +31,7 @@ def test_the_files_are_there(shared):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_row_is_read(shared, name):
-    """And none is skipped but those which are known to be bad; `DataError` would name any other."""
+    """Only rows that are known to be bad are skipped; `DataError` would name any other."""
     records = read_records(shared / "data" / name, need=need_of(name), skip_bad_rows=BAD_ROWS.get(name, 0))
     assert len(records) >= 110
     for record in records:
