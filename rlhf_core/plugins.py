@@ -1,4 +1,4 @@
-"""Code of the user's own that a config names: a module that registers losses, a function that gives rewards."""
+"""User code that a config names: a module that registers losses, a function that returns rewards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def import_module(name: str) -> ModuleType:
-    """`package.module`, also from the folder the command is typed in. ValueError where there is none."""
+    """Import `package.module`, also from the current folder. Raise ValueError if there is none."""
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
@@ -26,34 +26,35 @@ def import_module(name: str) -> ModuleType:
 
 
 def import_function(name: str) -> Callable[..., Any]:
-    """`package.module:function`, likewise."""
+    """Import `package.module:function`, also from the current folder. Raise ValueError if there is none."""
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
         raise ValueError(f"{name!r}: expected module:function")
-    function = getattr(import_module(module_name), function_name, None)
+    function: object = getattr(import_module(module_name), function_name, None)
     if not callable(function):
         raise ValueError(f"{name!r}: {module_name} has no function {function_name}")
     return function
 
 
-_FINGERPRINTS: dict[int, tuple[Any, str]] = {}  # by id; the function beside it stays, so that no other gets that id
+_FINGERPRINTS: dict[int, tuple[Any, str]] = {}  # by id, with the function itself, so that its id is not reused
 
 
 def fingerprint_function(name: str) -> str:
-    """sha256 of the files that such a function is written in, and its name. ValueError where there is no such file.
+    """Return the name of such a function and the sha256 of the files that it is written in.
 
-    They are the named module's and, of a function that was made or wrapped elsewhere, those of its parts. They are read
-    once for a function, as it is imported once: what is written into the file later is not what runs.
+    These are the file of the named module and, for a function that was made or wrapped elsewhere, those of its parts.
+    They are read once per function, since a later change of a file does not change the imported function. ValueError if
+    no file is found.
     """
     function = import_function(name)
     if id(function) not in _FINGERPRINTS:
-        files = {getattr(sys.modules[name.partition(":")[0]], "__file__", None)}
+        files: set[str | None] = {getattr(sys.modules[name.partition(":")[0]], "__file__", None)}
         for part in (function, inspect.unwrap(function), getattr(function, "func", type(function))):  # func: a partial
-            with contextlib.suppress(TypeError):  # built in, or an object that can be called
+            with contextlib.suppress(TypeError):  # built in, or a callable object
                 files.add(inspect.getsourcefile(part))
-        found = sorted(file for file in files - {None} if Path(file).is_file())
+        found = sorted(file for file in files if file is not None and Path(file).is_file())
         if not found:
-            raise ValueError(f"{name!r}: its source is not to be found, so nobody can tell when it changes")
+            raise ValueError(f"{name!r}: its source file was not found, so that a change of it would go unnoticed")
         sums = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in found]
         _FINGERPRINTS[id(function)] = function, " ".join(sums)
     return f"{name} {_FINGERPRINTS[id(function)][1]}"

@@ -1,4 +1,4 @@
-"""Randomness as a function of (seed, step, purpose): without hidden state, a resumed run draws what it would have."""
+"""Randomness as a function of (seed, step, purpose): there is no hidden state, so that a resumed run draws the same."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ import torch
 
 
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
-    """A fresh CPU generator for one purpose: `generator(seed, "rollout", step)`. Other purposes draw independently."""
+    """Return a new CPU generator for one purpose, `generator(seed, "rollout", step)`, independent of all others."""
     digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,6 +1,5 @@
 """The command line: what it explains, how settings come together, and how it ends."""
 
-import dataclasses
 import importlib
 import json
 import os
@@ -9,14 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-import typing
 from pathlib import Path
 
 import pytest
 
 from rlhf_core import cli
-from rlhf_core.cli import JOBS, field_sentences, main
-from rlhf_core.config import alternatives
+from rlhf_core.cli import JOBS, field_sentences, main, options_of
+from rlhf_core.config import kinds_of
 from rlhf_core.demo.language import build_model
 from rlhf_core.training.run import Interrupted
 
@@ -76,49 +74,61 @@ def test_overview_is_given_without_the_heavy_imports():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def settings(kind: type, prefix: str = ""):
-    """(class, field, option) of every setting, groups opened."""
-    kinds = typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        [inner] = [one for one in alternatives(kinds[field.name]) if one is not type(None)]
-        if dataclasses.is_dataclass(inner):
-            yield kind, field, None
-            yield from settings(inner, f"{prefix}{field.name}.")
-        else:
-            yield kind, field, "--" + f"{prefix}{field.name}".replace("_", "-")
+def settings(kind: type):
+    """Yield (class, field) of every setting, groups opened."""
+    for name, inner in kinds_of(kind).items():
+        yield kind, name
+        if inner.is_group:
+            yield from settings(inner.type)
+
+
+def shown(capsys, *arguments: str) -> str:
+    assert main([*arguments]) == 0
+    return capsys.readouterr().out
 
 
 @every_job
-def test_help_explains_every_setting_in_a_sentence(capsys, job):
-    with pytest.raises(SystemExit) as end:
-        main([job, "--help"])
-    assert end.value.code == 0
-    said = capsys.readouterr().out
+def test_help_all_explains_every_setting_in_a_sentence(capsys, job):
+    said, kind = shown(capsys, job, "--help-all"), config_of(job)
     dense = "".join(said.split())
-    for kind, field, option in settings(config_of(job)):
-        sentence = field_sentences(kind).get(field.name, "")
-        assert re.match(r"\S.*\.$", sentence), f"{kind.__name__}.{field.name} is not explained: {sentence!r}"
+    for cls, name in settings(kind):
+        sentence = field_sentences(cls).get(name, "")
+        assert re.match(r"\S.*\.$", sentence), f"{cls.__name__}.{name} is not explained: {sentence!r}"
         assert "".join(sentence.rstrip(".").split()) in dense
-        if option is not None:
-            assert re.search(rf"(^  |, ){re.escape(option)}\b", said, re.MULTILINE)
+    for option in options_of(kind):
+        assert re.search(rf"(^  |, ){re.escape(option.names[-1])}\b", said, re.MULTILINE)
     assert "==SUPPRESS==" not in said
     assert "MISSING" not in said
 
 
-def test_help_gives_the_defaults_of_the_job(capsys):
-    def shown(job: str, option: str) -> str:
-        with pytest.raises(SystemExit):
-            main([job, "--help"])
-        said = " ".join(capsys.readouterr().out.split())
-        return re.search(rf"{option} .*?\((default: .*?|required)\)", said)[1]
+@every_job
+def test_help_explains_the_common_settings(capsys, job):
+    said, kind = shown(capsys, job, "--help"), config_of(job)
+    options = re.findall(r"^  --([a-z.-]+)", said, re.MULTILINE)
+    names = [option.path.removesuffix(".path") for option in options_of(kind)]
+    common = getattr(kind, "common", [name for name in kinds_of(kind) if name in names])
+    assert [option.replace("-", "_") for option in options] == ["config", *common]
+    assert len(common) <= 20 and {*common} <= {*names}
+    assert all(name in common for name in ("model", "data", "output") if name in names)
+    last = f"rlhf {job} --help-all explains all {len(names)} settings."
+    assert said.splitlines()[-1] == last or len(common) == len(names)
+    assert shown(capsys, job, "-h") == said
 
-    assert shown("sft", "--optim.eps") == "default: 1e-08"
-    assert shown("ppo", "--optim.eps") == "default: 1e-05"
-    assert shown("ppo", "--optim.schedule") == "default: linear"
-    assert shown("sft", "--optim.betas") == "default: 0.9,0.999"
-    assert shown("sft", "--model") == "required"
-    assert shown("sft", "--eval-data") == "default: none"
-    assert shown("ppo", "--reward-model") == "default: none"
+
+def test_help_gives_the_bounds_and_the_defaults_of_the_job(capsys):
+    def note(job: str, option: str) -> str:
+        said = " ".join(shown(capsys, job, "--help-all").split())
+        return re.search(rf"{option} .*?\(([^()]*(?:default: .*?|required))\)", said)[1]
+
+    assert note("sft", "--optim.eps") == "more than 0; default: 1e-08"
+    assert note("ppo", "--optim.eps") == "more than 0; default: 1e-05"
+    assert note("ppo", "--optim.schedule") == "default: linear"
+    assert note("sft", "--optim.betas") == "0 <= betas < 1; default: 0.9,0.999"
+    assert note("sft", "--model") == "required"
+    assert note("sft", "--eval-data") == "default: none"
+    assert note("sft", "--no-resume") == "default: off"
+    assert note("ppo", "--reward-model") == "default: none"
+    assert note("ppo", "--kl.control") == "default: adaptive"
 
 
 # ------------------------------------------------------------------------------------------- how settings come together
@@ -160,7 +170,7 @@ def test_what_a_file_gave_can_be_switched_off(tmp_path, configs):
     none = ["--eval-data", "none", "--reference", "none", "--max-steps", "none", "--optim.max-grad-norm", "none"]
     assert main(["dpo", "--config", str(file), *none]) == 0
     (config,) = configs
-    assert (config.eval_data, config.reference, config.max_steps, config.optim.max_grad_norm) == (None,) * 4
+    assert (config.eval_data, config.reference.path, config.max_steps, config.optim.max_grad_norm) == (None,) * 4
 
 
 def test_a_later_file_wins(tmp_path, configs):
@@ -193,6 +203,15 @@ def test_a_comma_inside_a_part_of_a_list(configs):
     assert configs[0].checker == ("regex:a{2,3}", "numeric")
 
 
+def test_options_of_a_loss(tmp_path, configs):
+    file = tmp_path / "dpo.yaml"
+    file.write_text("loss: [simpo, r_dpo]\nloss_options: {gamma: 0.5, length_coef: 1e-2}")
+    assert main(["dpo", *RUN, "--config", str(file)]) == 0
+    assert main(["dpo", *RUN, "--loss", "simpo,r_dpo", "--loss-options", "gamma:0.5,length_coef:1e-2"]) == 0
+    assert configs[0] == configs[1]
+    assert configs[0].loss_options == ("gamma:0.5", "length_coef:1e-2")
+
+
 def test_switches(configs):
     assert main(["sft", *RUN, "--no-progress", "--model.gradient-checkpointing", "--no-resume"]) == 0
     (config,) = configs
@@ -218,6 +237,17 @@ def test_switches(configs):
         (["sft", *RUN[2:], "--model.dtype", "float32"], "rlhf sft: model.path is missing"),
         (["ppo", *RUN], "rlhf ppo: reward_model, reward_function, checker: expected at least one of them"),
         (["dpo", *RUN, "--beta", "-1"], "rlhf dpo: beta=-1.0: expected more than 0"),
+        (["ppo", *RUN, "--kl-coef", "1"], "rlhf ppo: --kl-coef: renamed to --kl.coef\n"),
+        (["ppo", *RUN, "--value=head"], "rlhf ppo: --value: renamed to --value.model\n"),
+        (["ppo", *RUN, "--no-value_detach"], "rlhf ppo: --no-value-detach: renamed to --value.detach\n"),
+        (["grpo", *RUN, "--mask-truncated"], "rlhf grpo: --mask-truncated: renamed to --score.missing-eos=mask\n"),
+        (["grpo", *RUN, "--clip-high", "1"], "rlhf grpo: --clip-high: renamed to --loss-options=clip_high:NUMBER\n"),
+        (
+            ["rloo", *RUN, "--missing-eos-penalty", "1"],
+            "rlhf rloo: --missing-eos-penalty: renamed to --score.missing-eos-penalty, "
+            "with --score.missing-eos=subtract or replace\n",
+        ),
+        (["sft", *RUN, "--kl-coef", "1"], "rlhf sft: --kl-coef: no setting of that name"),  # it has no such group
         (["sft", "--config", "nowhere.yaml"], "rlhf sft: config='nowhere.yaml': No such file or directory"),
     ],
 )  # fmt: skip
@@ -235,10 +265,11 @@ def test_a_wrong_command_ends_with_2_and_says_what_is_wrong(capsys, configs, arg
         ("batchsize: 4", "batchsize: no setting of that name; did you mean batch_size?"),
         ("optim: {lrr: 4}", "optim.lrr: no setting of that name; did you mean lr?"),
         ("1: 2", "1: no setting of that name"),
-        ("- a\n- b", "expected settings, one `name: value` to a line"),
-        ("", "expected settings, one `name: value` to a line"),
+        ("- a\n- b", "expected settings, one `name: value` per line"),
+        ("", "expected settings, one `name: value` per line"),
         ("a: [", "is not YAML: "),
         ("batch_size: null", "batch_size=None: expected a whole number"),
+        ("kl_coef: 1", "kl_coef: no setting of that name"),
     ],
 )
 def test_a_wrong_file_ends_with_2(tmp_path, capsys, configs, text, message):
@@ -322,7 +353,7 @@ def test_a_traceback_can_be_asked_for(monkeypatch):
 
 
 def rlhf(*arguments: object, **options) -> subprocess.Popen:
-    command = [sys.executable, "-m", "rlhf_core.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "rlhf_core", *map(str, arguments)]
     return subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, **options
     )

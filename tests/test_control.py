@@ -1,4 +1,4 @@
-"""The KL price, where one update is a closed form; when to stop; and moments against the statistics module."""
+"""The KL coefficient after one update by hand; when to stop; and moments against the statistics module."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from rlhf_core.control import AdaptiveKL, FixedKL, KLEarlyStop, LinearKL, Runnin
 
 
 def after(kl: float, sequences: int, *, start: float = 0.1, target: float = 6.0, horizon: int = 1000) -> float:
-    """The price after one update."""
+    """Return the coefficient after one update."""
     control = AdaptiveKL(start, target=target, horizon=horizon)
     control.update(kl, sequences)
     return control.kl_coef
 
 
 @pytest.mark.parametrize(
-    ("kl", "sequences", "price"),
+    ("kl", "sequences", "coef"),
     [
         (6.0, 100, 0.1),  # on target: nothing happens
         (6.6, 100, 0.1 * 1.01),  # a tenth above: error 0.1, a tenth of the horizon
@@ -39,9 +39,9 @@ def after(kl: float, sequences: int, *, start: float = 0.1, target: float = 6.0,
         (1e9, 1000, 0.1 * 1.2),
     ],
 )
-def test_one_update_by_hand(kl, sequences, price):
-    """price * (1 + clip(kl / 6 - 1, -0.2, 0.2) * sequences / 1000)."""
-    assert after(kl, sequences) == pytest.approx(price, rel=1e-12)
+def test_one_update_by_hand(kl, sequences, coef):
+    """coef * (1 + clip(kl / 6 - 1, -0.2, 0.2) * sequences / 1000)."""
+    assert after(kl, sequences) == pytest.approx(coef, rel=1e-12)
 
 
 @settings(max_examples=100, deadline=None)
@@ -53,14 +53,14 @@ def test_one_update_by_hand(kl, sequences, price):
     horizon=st.integers(1, 10**6),
 )
 def test_direction_and_bounds(kl, sequences, start, target, horizon):
-    """Too much KL never lowers the price, too little never raises it, and one update moves it by 20 % at most."""
-    price = after(kl, sequences, start=start, target=target, horizon=horizon)
-    assert (price >= start) if kl >= target else (price <= start)
-    assert 0.8 * start * (1 - 1e-12) <= price <= 1.2 * start * (1 + 1e-12)
+    """A KL above the target never lowers the coefficient, one below never raises it; an update is at most 20 %."""
+    coef = after(kl, sequences, start=start, target=target, horizon=horizon)
+    assert (coef >= start) if kl >= target else (coef <= start)
+    assert 0.8 * start * (1 - 1e-12) <= coef <= 1.2 * start * (1 + 1e-12)
 
 
 def test_a_batch_larger_than_the_horizon_counts_as_one_horizon():
-    """1 - 0.2 * 5000 / 1000 = 0 would kill the price for good, and more completions would turn it negative."""
+    """1 - 0.2 * 5000 / 1000 = 0 would end the penalty for good, and more completions would make it negative."""
     assert after(0.0, 5000) == pytest.approx(0.08)
     assert after(100.0, 50_000) == pytest.approx(0.12)
 
@@ -78,7 +78,7 @@ def test_updates_compound():
 
 
 def test_it_steers_to_the_target():
-    """Against a policy whose KL is 1 / price nats, the price settles at 1 / target, from either side."""
+    """If the policy's KL is 1 / coef nats, the coefficient converges to 1 / target, from either side."""
     for start in (0.01, 10.0):
         control = AdaptiveKL(start, target=4.0, horizon=100)
         for _ in range(200):
@@ -91,7 +91,7 @@ def test_it_steers_to_the_target():
 )
 def test_state_goes_through_json_and_continues_exactly(make):
     control, resumed = make(0.1), make(0.1)
-    if not isinstance(control, LinearKL):  # whose line is its settings', not its state's
+    if not isinstance(control, LinearKL):  # its state does not hold its line
         resumed = make(0.7)
     control.update(6.37, 64)
     assert all(type(number) in (int, float) for number in control.state_dict().values())
@@ -101,7 +101,7 @@ def test_state_goes_through_json_and_continues_exactly(make):
     assert resumed.kl_coef == control.kl_coef
 
 
-def test_a_fixed_price_stays():
+def test_a_fixed_coefficient_stays():
     control = FixedKL(0.05)
     control.update(1e9, 10**6)
     assert control.kl_coef == 0.05
@@ -113,12 +113,12 @@ def test_a_fixed_price_stays():
     [
         (dict(kl_coef=-0.1), "kl_coef=-0.1: expected 0 or more"),
         (dict(kl_coef=math.nan), "kl_coef=nan: expected 0 or more"),
-        (dict(kl_coef=0.0), "kl_coef=0: an adaptive price multiplies"),
-        (dict(target=0.0), "kl_target=0.0: expected more than 0"),
-        (dict(target=-6.0), "kl_target=-6.0: expected more than 0"),
-        (dict(target=math.nan), "kl_target=nan: expected more than 0"),
-        (dict(horizon=0), "kl_horizon=0: expected more than 0"),
-        (dict(horizon=-1), "kl_horizon=-1: expected more than 0"),
+        (dict(kl_coef=0.0), "kl_coef=0: expected more than 0"),
+        (dict(target=0.0), "target=0.0: expected more than 0"),
+        (dict(target=-6.0), "target=-6.0: expected more than 0"),
+        (dict(target=math.nan), "target=nan: expected more than 0"),
+        (dict(horizon=0), "horizon=0: expected more than 0"),
+        (dict(horizon=-1), "horizon=-1: expected more than 0"),
     ],
 )
 def test_parameters_out_of_range_are_named(options, message):
@@ -126,7 +126,7 @@ def test_parameters_out_of_range_are_named(options, message):
         AdaptiveKL(**dict(kl_coef=0.1, target=6.0, horizon=1000) | options)
 
 
-def test_a_fixed_price_may_not_be_negative():
+def test_a_fixed_coefficient_is_not_negative():
     for kl_coef in (-1e-9, math.nan):
         with pytest.raises(ValueError, match="expected 0 or more"):
             FixedKL(kl_coef)
@@ -134,34 +134,34 @@ def test_a_fixed_price_may_not_be_negative():
 
 def test_a_line_by_hand():
     """From 0.2 to 0.1 in four updates, 0.025 each, then level; whatever KL is measured."""
-    control, prices = LinearKL(0.2, 0.1, 4), []
+    control, coefs = LinearKL(0.2, 0.1, 4), []
     for kl in (0.0, math.nan, 1e9, -5.0, 6.0, 6.0):
         control.update(kl, 64)
-        prices.append(control.kl_coef)
+        coefs.append(control.kl_coef)
     assert LinearKL(0.2, 0.1, 4).kl_coef == 0.2
-    assert prices == pytest.approx([0.175, 0.15, 0.125, 0.1, 0.1, 0.1], rel=1e-12)
+    assert coefs == pytest.approx([0.175, 0.15, 0.125, 0.1, 0.1, 0.1], rel=1e-12)
 
 
 @settings(max_examples=50, deadline=None)
 @given(start=st.floats(0, 10), end=st.floats(0, 10), num_updates=st.integers(1, 20))
 def test_a_line_is_monotone_and_ends_exactly(start, end, num_updates):
     control = LinearKL(start, end, num_updates)
-    prices = [control.kl_coef]
+    coefs = [control.kl_coef]
     for _ in range(num_updates + 3):
         control.update(1.0, 1)
-        prices.append(control.kl_coef)
-    steps = [later - earlier for earlier, later in zip(prices, prices[1:], strict=False)]
-    assert prices[0] == start and set(prices[num_updates:]) == {end}
+        coefs.append(control.kl_coef)
+    steps = [later - earlier for earlier, later in zip(coefs, coefs[1:], strict=False)]
+    assert coefs[0] == start and set(coefs[num_updates:]) == {end}
     assert steps[:num_updates] == pytest.approx([(end - start) / num_updates] * num_updates, abs=1e-12)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((-0.1, 0.1, 4), "start=-0.1: expected a price, 0 or more"),
+        ((-0.1, 0.1, 4), "start=-0.1: expected a finite coefficient, 0 or more"),
         ((math.nan, 0.1, 4), "start=nan: expected"),
         ((math.inf, 0.1, 4), "start=inf: expected"),
-        ((0.1, -1, 4), "end=-1: expected a price, 0 or more"),
+        ((0.1, -1, 4), "end=-1: expected a finite coefficient, 0 or more"),
         ((0.1, math.nan, 4), "end=nan: expected"),
         ((0.1, 0.2, 0), "num_updates=0: expected more than 0"),
         ((0.1, 0.2, -3), "num_updates=-3: expected more than 0"),
