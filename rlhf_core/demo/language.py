@@ -1,18 +1,22 @@
-"""Lumo, a small invented language with rhymes, and a taste that can be seen.
+"""Lumo, a small invented language with rhymes, and a reward for them.
 
 A couplet is two lines; the first is the prompt, the second the completion:
 
     vesa lumira tesu sadira  /  kapi penira lari kovira .
 
-The two nouns of a first line share an ending, here -ira. Lumo's speakers answer with any nouns that come to mind; its
-critics love a second line whose nouns keep the sound of the first without repeating its words. `true_reward` is that
-taste as a number. It labels pairs and judges at the end; no trainer ever sees it.
+The two nouns of a first line have the same ending, here -ira. The training corpus has second lines of arbitrary nouns;
+preferred are second lines whose nouns have the ending of the first line and do not repeat its words. `true_reward` is
+that preference as a number. It labels the pairs and evaluates the models at the end; no trainer uses it.
 """
 
 from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # transformers is slow to import
+    from transformers import PreTrainedTokenizerFast
 
 RHYMES = {
     "ano": ["solano", "kelano", "mutano", "vilano"],
@@ -29,14 +33,14 @@ STOP = "."
 
 
 def write_line(rng: random.Random, ending: str | None = None) -> str:
-    """[adjective] noun verb [adjective] noun: three to five words, both nouns with the given ending if there is one."""
+    """Return "[adjective] noun verb [adjective] noun", both nouns with the given ending if there is one."""
     nouns = rng.sample(sorted(NOUNS) if ending is None else RHYMES[ending], k=2)
     first, second = ([rng.choice(ADJECTIVES), noun] if rng.random() < 0.5 else [noun] for noun in nouns)
     return " ".join([*first, rng.choice(VERBS), *second])
 
 
 def write_couplet(rng: random.Random, *, rhyming: float) -> tuple[str, str]:
-    """A first line in one sound and a second line, which keeps the sound with probability `rhyming`."""
+    """Return a first line and a second line, which has the ending of the first with probability `rhyming`."""
     ending = rng.choice(sorted(RHYMES))
     return write_line(rng, ending), write_line(rng, ending if rng.random() < rhyming else None) + f" {STOP}"
 
@@ -50,19 +54,19 @@ def is_sentence(line: str) -> bool:
 
 
 def true_reward(first: str, second: str) -> float:
-    """0.4 for each of two nouns that rhyme with the first line on a new word, 0.2 for one proper sentence.
+    """Return 0.4 for each of at most two nouns that rhyme with the first line, plus 0.2 for one grammatical sentence.
 
-    A rhyme shares the ending of the first line's last noun; a word of the first line, or one said before, is not new.
+    A rhyme has the ending of the first line's last noun; words of the first line and repetitions do not count.
     """
     line = second.removesuffix(STOP).strip()
-    sound = NOUNS.get(first.split()[-1])
-    rhymes = {word for word in line.split() if NOUNS.get(word) == sound and word not in first.split()}
-    proper = second.endswith(STOP) and is_sentence(line)
-    return 0.4 * min(len(rhymes), 2) + 0.2 * proper
+    ending = NOUNS.get(first.split()[-1])
+    rhymes = {word for word in line.split() if NOUNS.get(word) == ending and word not in first.split()}
+    grammatical = second.endswith(STOP) and is_sentence(line)
+    return 0.4 * min(len(rhymes), 2) + 0.2 * grammatical
 
 
-def build_tokenizer():
-    """One token a word, <bos> at the start of every prompt."""
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token a word and <bos> at the start of every prompt."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -76,7 +80,7 @@ def build_tokenizer():
 
 
 def build_model(folder: Path, seed: int) -> None:
-    """A tiny Llama that knows nothing yet, saved with its tokenizer."""
+    """Save a tiny Llama with random weights, and its tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -91,7 +95,7 @@ def build_model(folder: Path, seed: int) -> None:
         num_key_value_heads=2,
         max_position_embeddings=64,
         tie_word_embeddings=True,
-        initializer_range=0.1,  # the usual 0.02 is meant for wide models; this narrow one would learn more slowly
+        initializer_range=0.1,  # the usual 0.02 suits wide models; this narrow one learns faster with more
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

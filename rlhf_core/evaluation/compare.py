@@ -1,24 +1,26 @@
-"""`rlhf evaluate`: two models on the same prompts under one reward."""
+"""`rlhf evaluate`: compare two models on the same prompts under one reward."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from rlhf_core.config import DataConfig, ModelConfig, SamplingConfig, ScoringConfig, require
 from rlhf_core.data.loader import load_examples
-from rlhf_core.data.tokenize import Example
+from rlhf_core.data.records import Example
+from rlhf_core.data.tokenizer import Tokenizer
 from rlhf_core.evaluation.win_rate import win_rate
 from rlhf_core.models.forward import token_logprobs
 from rlhf_core.models.load import freeze, load_policy, load_reference
-from rlhf_core.rollout.rewards import Reward
-from rlhf_core.rollout.sampling import Rollout
-from rlhf_core.rollout.steps import load_reward, roll_out, score
+from rlhf_core.rollout.engines import sample_completions
+from rlhf_core.rollout.experience import Experience
+from rlhf_core.rollout.rewards import Reward, configured_reward, score_completions
 from rlhf_core.seeding import generator
 
 
@@ -26,29 +28,35 @@ from rlhf_core.seeding import generator
 class EvaluateConfig(ScoringConfig):
     """Compare a model with a baseline: mean scores, KL to the baseline, and how often the model wins."""
 
+    job: ClassVar[str] = "evaluate"
+    common: ClassVar[tuple[str, ...]] = (
+        "model", "baseline", "data", "reward_model", "reward_function", "checker", "output", "sampling.max_new_tokens",
+        "sampling.temperature", "sampling.batch_size", "seed", "device",
+    )  # fmt: skip
+
     model: ModelConfig
     """The model."""
     baseline: ModelConfig
-    """The model it is compared with, usually the one it started from."""
+    """The model to compare it with, usually the one that training started from."""
     data: DataConfig
     """Rows with prompts."""
     output: str | None = None
-    """A JSON file for the numbers."""
+    """A JSON file for the results."""
     sampling: SamplingConfig = SamplingConfig()
     """How completions are sampled."""
     seed: int = 0
-    """Same seed, same completions."""
+    """Seed of the samples."""
     device: str | None = None
-    """cpu, cuda, cuda:1, ...; a GPU if there is one."""
+    """cpu, cuda, cuda:1, ... None: a GPU if there is one."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
-        one = self.sampling.engine == "server" and self.sampling.server_refresh is None
-        require(not one, "sampling.server_refresh", None, "how the server gets one model, then the other")
+        refreshes = self.sampling.engine != "server" or self.sampling.server_refresh is not None
+        require(refreshes, "sampling.server_refresh", None, "how the server gets one model, then the other")
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
-    """The numbers, also printed as a small table."""
+    """Compare the models of the config. Return the results of `compare`, after printing them as a table."""
     model, tokenizer = load_policy(config.model.path, device=config.device, **config.model.options())
     freeze(model)
     baseline = load_reference(
@@ -58,7 +66,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         device=config.device,
         **config.baseline.options(),
     )
-    reward = load_reward(config, tokenizer)
+    reward = configured_reward(config, tokenizer, device=config.device)
     examples = load_examples(
         config.data, tokenizer, need="prompts", model=model, reserve=config.sampling.max_new_tokens
     )
@@ -73,51 +81,55 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
 
 @torch.no_grad()
 def compare(
-    model: nn.Module,
-    baseline: nn.Module,
-    examples: list[Example],
-    tokenizer: Any,
+    model: PreTrainedModel,
+    baseline: PreTrainedModel,
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
     reward: Reward,
     sampling: SamplingConfig,
     *,
     seed: int,
-) -> tuple[dict[str, float], tuple[Rollout, Rollout]]:
-    """One completion of each prompt by both: `score`, `baseline_score`, `win_rate` (a tie counts half), and `kl`.
+) -> tuple[dict[str, float], tuple[Experience, Experience]]:
+    """Sample one completion of each prompt from both models, and compare them.
 
-    Of several sources of reward there is also the mean of each, as `reward/NAME` and `baseline_reward/NAME`. A prompt
-    of which a completion gets no number (None) takes no part in scores and win rate, and `excluded` counts it.
+    Returns:
+        `score`, `baseline_score`: mean scores. `win_rate`: how often the model scores higher; a tie counts half.
+        `kl`: KL(model || baseline) in nats per completion, estimated on the model's samples, with the log-probs of both
+        at the sampling temperature (at 1 where that is 0); `kl_stderr`: its standard error over prompts. `length`: mean
+        tokens of the model's completions. `prompts`: their number. `excluded`: prompts for which a completion got no
+        score; they are not in the scores and the win rate. With several sources of reward, `reward/NAME` and
+        `baseline_reward/NAME` are the means of each. And the samples of both models.
 
-    `kl` is KL(model || baseline) in nats a completion, estimated on the model's own samples, both at the temperature
-    they are sampled with (at temperature 0, at 1); `kl_stderr` its standard error over prompts.
+    Raises:
+        ValueError: no prompt has two completions with a score.
     """
-    rollouts, scores = [], []
-    for policy in (model, baseline):
-        prompts = [example.prompt for example in examples]
-        rollout = roll_out(policy, tokenizer, prompts, sampling, generator(seed, "evaluate"))
-        rollouts.append(rollout)
-        scores.append(score(reward, rollout, examples))
+    prompts = [example.prompt for example in examples]
+    samples = [
+        sample_completions(policy, tokenizer, prompts, sampling, generator(seed, "evaluate"))
+        for policy in (model, baseline)
+    ]
+    scores = [score_completions(reward, one, examples) for one in samples]
     both = scores[0].valid & scores[1].valid
     if not both.any():
         raise ValueError(f"no prompt of {len(examples)} has completions of both models that the reward gives a number")
     totals = [one.total[both] for one in scores]
-    options = dict(temperature=sampling.temperature or 1.0)
-    divergence = torch.cat(
-        [
-            (token_logprobs(model, batch, **options) - token_logprobs(baseline, batch, **options)).sum(-1).cpu()
-            for batch in rollouts[0].packs(sampling.batch_size)
-        ]
-    )
+    temperature = sampling.temperature or 1.0
+    log_ratios = [
+        token_logprobs(model, batch, temperature=temperature) - token_logprobs(baseline, batch, temperature=temperature)
+        for batch in samples[0].packs(sampling.batch_size)
+    ]
+    divergence = torch.cat([log_ratio.sum(-1).cpu() for log_ratio in log_ratios])
     numbers = {
         "score": totals[0].mean().item(),
         "baseline_score": totals[1].mean().item(),
         "win_rate": win_rate(*totals),
         "kl": divergence.mean().item(),
         "kl_stderr": divergence.std(correction=0).item() / len(divergence) ** 0.5,
-        "length": sum(map(len, rollouts[0].completions)) / len(examples),
+        "length": sum(map(len, samples[0].completions)) / len(examples),
         "prompts": len(examples),
         "excluded": int((~both).sum()),
     }
     if len(scores[0].components) > 1:
         for side, one in zip(("", "baseline_"), scores, strict=True):
             numbers |= {f"{side}reward/{name}": one.components[name][both].nanmean().item() for name in one.components}
-    return numbers, (rollouts[0], rollouts[1])
+    return numbers, (samples[0], samples[1])

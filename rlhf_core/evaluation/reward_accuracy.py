@@ -1,6 +1,6 @@
-"""How good the scores of a reward model are: right how often, sure with how much right, and swayed by length.
+"""Quality of a reward model's scores: accuracy, calibration, and dependence on length.
 
-Numbers for the log (`pair_gauges`, `step_gauges`), and the same as a small table for people (`pair_table`).
+`pair_metrics` and `step_metrics` return numbers to log; `pair_table` and `step_table` the same as a table to print.
 """
 
 from __future__ import annotations
@@ -12,46 +12,45 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_core.data.tokenize import Example
+from rlhf_core.data.records import Example
 
 ALIKE = 0.1
-"""Lengths that differ by at most this share of the longer one count as alike."""
+"""Lengths that differ by at most this fraction of the longer one are alike."""
 BINS = 5
-LENGTHS = ("longer", "alike", "shorter")  # the chosen completion, beside the rejected one
+LENGTHS = ("longer", "alike", "shorter")  # of the chosen completion, compared with the rejected one
 
 
 class Bin(NamedTuple):
-    """Predictions of like confidence."""
+    """Predictions of similar confidence."""
 
     low: float
     high: float
     count: int
-    confidence: float  # mean of those in it
+    confidence: float  # mean over the bin
     accuracy: float
 
 
 class LengthBucket(NamedTuple):
-    """Pairs whose chosen completion is longer than the rejected one, alike in length, or shorter."""
+    """The pairs whose chosen completion is longer than the rejected one, alike in length, or shorter."""
 
     count: int
     accuracy: float
 
 
 def calibration(logits: Tensor, right: Tensor | None = None, *, bins: int = BINS) -> tuple[float, list[Bin]]:
-    """The expected calibration error of sigmoid(logits) and the bins that it is made of (Guo et al. 2017,
-    arXiv:1706.04599, equation 5; bins of equal width).
+    """Compute the expected calibration error of sigmoid(logits) (Guo et al. 2017, arXiv:1706.04599, equation 5).
 
-        sum over bins of   share of predictions in it * |its accuracy - its mean confidence|
+        sum over bins of   share of predictions in the bin * |its accuracy - its mean confidence|
 
-    A prediction is the likelier of two sides, its confidence max(p, 1 - p). Confidences lie between a half and one, and
-    the bins divide that. A tie is right by half.
+    A prediction is the more likely of two sides, with confidence max(p, 1 - p); bins of equal width divide the range
+    from 0.5 to 1. A tie counts as half right.
 
     Args:
-        logits: (N,); for pairs the score difference, chosen less rejected. right: (N,) bool, the side that was true;
-            None: the positive one always, as for pairs.
+        logits: (N,); for pairs the chosen score minus the rejected one. right: (N,) bool, the true side; None: always
+            the positive one, as for pairs.
 
     Returns:
-        the error, and those bins that have anything in them.
+        The error, and the bins that are not empty.
     """
     logits = logits.double()
     true_side = torch.ones_like(logits) if right is None else right.to(logits) * 2 - 1
@@ -71,12 +70,13 @@ def calibration(logits: Tensor, right: Tensor | None = None, *, bins: int = BINS
 
 
 def length_buckets(margins: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor) -> dict[str, LengthBucket]:
-    """Accuracy where the chosen completion is longer, alike (within `ALIKE`), shorter; what no pair is in is absent.
+    """Return the accuracy where the chosen completion is longer, alike (within `ALIKE`) or shorter.
 
-    A model that has only learned to like length is right in the first and wrong in the last.
+    A model whose score depends on length alone is right in the first bucket and wrong in the last. A bucket without
+    pairs is absent.
 
     Args:
-        margins: (N,) score differences; a tie is right by half. chosen_lengths, rejected_lengths: (N,) tokens.
+        margins: (N,) score differences; a tie counts as half right. chosen_lengths, rejected_lengths: (N,) tokens.
     """
     accuracy = (1 + margins.double().sign()) / 2
     gap = chosen_lengths - rejected_lengths
@@ -89,7 +89,7 @@ def length_buckets(margins: Tensor, chosen_lengths: Tensor, rejected_lengths: Te
 
 
 def correlation(first: Tensor, second: Tensor) -> float | None:
-    """Pearson's, of (N,) and (N,); None where one of them does not vary."""
+    """Return Pearson's correlation of (N,) and (N,); None where one of them is constant."""
     centred = [values.double() - values.double().mean() for values in (first, second)]
     norms = [values.norm() for values in centred]
     if not all(norm > 1e-12 * (1 + values.abs().max()) for norm, values in zip(norms, (first, second), strict=True)):
@@ -98,11 +98,13 @@ def correlation(first: Tensor, second: Tensor) -> float | None:
 
 
 def ranked_pairs(scores: Tensor, rows: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
-    """Every better completion beside every worse one of its list, for `pair_gauges`: (P,) and (P,) scores, (P, 2)
-    lengths.
+    """Pair every completion of a ranking with every worse one, for `pair_metrics`.
 
     Args:
-        scores: (sum K,) of the completions of these rows in turn, which have them best first.
+        scores: (sum K,) of the completions of all rows in order, best first in each row.
+
+    Returns:
+        (P,) scores of the better ones, (P,) scores of the worse ones, and (P, 2) lengths in tokens.
     """
     better, worse, start = [], [], 0
     for row in rows:
@@ -115,71 +117,75 @@ def ranked_pairs(scores: Tensor, rows: Sequence[Example]) -> tuple[Tensor, Tenso
     return scores[better], scores[worse], torch.stack([lengths[better], lengths[worse]], 1)
 
 
-def pair_gauges(chosen: Tensor, rejected: Tensor, lengths: Tensor) -> dict[str, float]:
-    """What is worth logging of N scored pairs, apart from their loss and accuracy.
-
-    `calibration_error`; `accuracy_longer`, `accuracy_alike`, `accuracy_shorter` by the chosen completion's length
-    beside the rejected one's; `prefers_longer`, the share of pairs of unlike length whose longer completion gets the
-    higher score, and `chosen_longer`, in which it was chosen; `length_correlation` of score and length over all
-    completions. What no pair tells anything of is absent.
+def pair_metrics(chosen: Tensor, rejected: Tensor, lengths: Tensor) -> dict[str, float]:
+    """Return the metrics of N scored pairs, apart from their loss and accuracy.
 
     Args:
         chosen, rejected: (N,) scores. lengths: (N, 2) tokens of both.
+
+    Returns:
+        `calibration_error`; `accuracy_longer`, `accuracy_alike`, `accuracy_shorter`: accuracy by the chosen
+        completion's length compared with the rejected one's; `prefers_longer`: share of pairs of different length whose
+        longer completion has the higher score, and `chosen_longer`: of those whose longer completion was chosen;
+        `length_correlation` of score and length over all completions. Metrics without pairs are absent.
     """
     margins = chosen - rejected
-    gauges = {"calibration_error": calibration(margins)[0]}
+    metrics = {"calibration_error": calibration(margins)[0]}
     buckets = length_buckets(margins, *lengths.unbind(1))
-    gauges |= {f"accuracy_{name}": bucket.accuracy for name, bucket in buckets.items()}
+    metrics |= {f"accuracy_{name}": bucket.accuracy for name, bucket in buckets.items()}
     if unlike := [name for name in ("longer", "shorter") if name in buckets]:
         total = sum(buckets[name].count for name in unlike)
         longer, shorter = (buckets.get(name, LengthBucket(0, 0.0)) for name in ("longer", "shorter"))
         won = longer.count * longer.accuracy + shorter.count * (1 - shorter.accuracy)
-        gauges |= {"prefers_longer": won / total, "chosen_longer": longer.count / total}
+        metrics |= {"prefers_longer": won / total, "chosen_longer": longer.count / total}
     related = correlation(torch.stack([chosen, rejected], 1).flatten(), lengths.flatten())
-    return gauges | ({} if related is None else {"length_correlation": related})
+    return metrics | ({} if related is None else {"length_correlation": related})
 
 
 def pair_table(chosen: Tensor, rejected: Tensor, lengths: Tensor) -> str:
-    """The same for people: accuracy by length, and how often what was said with a confidence was right."""
-    margins, gauges = chosen - rejected, pair_gauges(chosen, rejected, lengths)
+    """Return a table of accuracy by length and by confidence."""
+    margins, metrics = chosen - rejected, pair_metrics(chosen, rejected, lengths)
     buckets = length_buckets(margins, *lengths.unbind(1))
     names = {"longer": "chosen is longer", "alike": "lengths alike (10 %)", "shorter": "chosen is shorter"}
     lines = [f"{'':<22}{'pairs':>8}{'accuracy':>10}"]
     lines += [f"{names[name]:<22}{bucket.count:>8}{bucket.accuracy:>10.3f}" for name, bucket in buckets.items()]
-    if "prefers_longer" in gauges:
-        lines.append(f"the longer one: scored higher in {gauges['prefers_longer']:.0%}, ")
-        lines[-1] += f"chosen in {gauges['chosen_longer']:.0%} of pairs of unlike length"
-    if "length_correlation" in gauges:
-        lines.append(f"score and length correlate by {gauges['length_correlation']:+.2f}")
+    if "prefers_longer" in metrics:
+        lines.append(f"the longer one: scored higher in {metrics['prefers_longer']:.0%}, ")
+        lines[-1] += f"chosen in {metrics['chosen_longer']:.0%} of pairs of unlike length"
+    if "length_correlation" in metrics:
+        lines.append(f"score and length correlate by {metrics['length_correlation']:+.2f}")
     return "\n".join([*lines, *_calibration_lines(margins, None, "pairs")])
 
 
-def step_gauges(scores: Tensor, labels: Tensor) -> dict[str, float]:
-    """What is worth logging of N scored steps: `calibration_error`, and `accuracy_right` and `accuracy_wrong` of the
-    steps of each label, since most steps are right and one number hides the rest. A label that no step has is absent.
+def step_metrics(scores: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return the metrics of N scored steps, apart from their loss and accuracy.
 
     Args:
         scores: (N,) logits. labels: (N,) bool.
+
+    Returns:
+        `calibration_error`; `accuracy_right`, `accuracy_wrong`: accuracy on the steps of each label, since most steps
+        are right and a single accuracy hides the others. A label without steps is absent.
     """
-    gauges = {"calibration_error": calibration(scores, labels)[0]}
+    metrics = {"calibration_error": calibration(scores, labels)[0]}
     for name, inside, side in (("right", labels, 1), ("wrong", ~labels, -1)):
         if inside.any():
-            gauges[f"accuracy_{name}"] = ((1 + side * scores[inside].double().sign()) / 2).mean().item()
-    return gauges
+            metrics[f"accuracy_{name}"] = ((1 + side * scores[inside].double().sign()) / 2).mean().item()
+    return metrics
 
 
 def step_table(scores: Tensor, labels: Tensor) -> str:
-    """The same for people."""
-    gauges = step_gauges(scores, labels)
+    """Return a table of accuracy by label and by confidence."""
+    metrics = step_metrics(scores, labels)
     lines = [f"{'':<22}{'steps':>8}{'accuracy':>10}"]
     for name, inside in (("right", labels), ("wrong", ~labels)):
         if inside.any():
-            lines.append(f"{name + ' steps':<22}{int(inside.sum()):>8}{gauges[f'accuracy_{name}']:>10.3f}")
+            lines.append(f"{name + ' steps':<22}{int(inside.sum()):>8}{metrics[f'accuracy_{name}']:>10.3f}")
     return "\n".join([*lines, *_calibration_lines(scores, labels, "steps")])
 
 
 def _calibration_lines(logits: Tensor, right: Tensor | None, unit: str) -> list[str]:
     error, bins = calibration(logits, right)
-    lines = [f"{'said with confidence':<22}{unit:>8}{'accuracy':>10}"]
+    lines = [f"{'confidence':<22}{unit:>8}{'accuracy':>10}"]
     lines += [f"{f'{one.low:.1f} to {one.high:.1f}':<22}{one.count:>8}{one.accuracy:>10.3f}" for one in bins]
     return [*lines, f"expected calibration error {error:.3f}"]

@@ -1,4 +1,4 @@
-"""Who wins: scores of two models' completions to the same prompts."""
+"""Win rate of one model over another."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def win_rate(scores: Tensor, baseline_scores: Tensor) -> float:
-    """Share of prompts where `scores` (B,) beat `baseline_scores` (B,); a tie counts half."""
+    """Return the share of prompts whose `scores` (B,) exceed `baseline_scores` (B,); a tie counts half."""
     if scores.shape != baseline_scores.shape:
         raise ValueError(
             f"{tuple(scores.shape)} scores against {tuple(baseline_scores.shape)}: expected the same prompts"

@@ -1,4 +1,4 @@
-"""Training curves of one or more runs as one picture."""
+"""Plot the training curves of one or more runs in one figure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def read_metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """metrics.jsonl as {name: [(step, value), ...]}; values that are not numbers (written as texts) are left out."""
+    """Read metrics.jsonl as {name: [(step, value), ...]}, without values that are not finite (text in the file)."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -19,7 +19,10 @@ def read_metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def plot_curves(panels: Mapping[str, tuple[Path, list[str]]], file: Path, *, columns: int = 3) -> Path:
-    """One panel for each title: the named metrics of a run's folder over its steps. Needs the extra `plots`."""
+    """Plot one panel for each title: the named metrics of a run's folder over its steps. Needs the extra `plots`.
+
+    Returns `file`, the path of the image.
+    """
     try:
         import matplotlib
     except ImportError as error:
@@ -32,10 +35,9 @@ def plot_curves(panels: Mapping[str, tuple[Path, list[str]]], file: Path, *, col
     for axis, (title, (run, names)) in zip(axes.flat, panels.items(), strict=False):
         curves = read_metrics(run)
         for name in names:
-            points = curves.get(name, [])
-            axis.plot(
-                *zip(*points, strict=True), label=name, marker="o" if len(points) < 30 else None, markersize=3
-            ) if points else None
+            if points := curves.get(name, []):
+                marker = "o" if len(points) < 30 else None
+                axis.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=3)
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)

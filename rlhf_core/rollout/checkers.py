@@ -1,33 +1,34 @@
-"""Answers that can be checked: exact, numeric, by regular expression, by format. Each scores 1 if right, 0 if not.
+"""Checks of answers: exact, numeric, by regular expression, by format. Each scores 1 if it passes and 0 if not.
 
-`make_checker("numeric:answer")` is a function like any reward function: (prompts, completions, data rows) -> scores.
-The part after the colon is the column that holds the right answer, a pattern, or the tags of a format.
+`make_checker("numeric:answer")` returns a reward function: (prompts, completions, data rows) -> scores. The part after
+the colon is the column with the right answer, a pattern, or the tags of a format.
 
-Where a completion says which part of it is the answer, that part counts: `<answer>...</answer>`, `\\boxed{...}` or
-`#### ...` to the end of the line, the last one if there are several. Otherwise `exact` takes the whole completion and
-`numeric` the last number in it. The column may hold a whole solution that ends in such a mark, as GSM8K's does, or a
-list of answers that are all right. A row whose column is null is left out (None).
+Where a completion marks its answer, that part counts: `<answer>...</answer>`, `\\boxed{...}` or `#### ...` to the end
+of the line, the last one if there are several. Otherwise `exact` takes the whole completion and `numeric` the last
+number in it. The column may hold a whole solution that ends in such a mark, as GSM8K's does, or a list of answers that
+are all right. Completions of a row whose column is null are excluded (None).
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 from rlhf_core.config import ConfigError, did_you_mean
-from rlhf_core.data.sources import DataError
+from rlhf_core.data.errors import DataError
 
-Function = Callable[[list[str], list[str], list[dict[str, Any]]], Sequence[Any]]
-"""(prompts, completions, data rows) -> scores, None for a completion that is to be left out."""
+Function = Callable[..., Any]
+"""(prompts, completions, data rows) -> scores, None for a completion that is to be excluded."""
 
 
 def make_checker(spec: str) -> Function:
-    """The checker that `name` or `name:argument` asks for; `exact` and `numeric` alone mean the column `answer`.
+    """Return the checker of a spec, `name` or `name:argument`; `exact` and `numeric` alone mean the column `answer`.
 
-    Raises ConfigError for an unknown name and for a pattern or tags that cannot be.
+    Raises ConfigError for an unknown name and for an invalid pattern or invalid tags.
     """
     name, _, argument = spec.partition(":")
     if name not in CHECKERS:
@@ -43,31 +44,17 @@ def make_checker(spec: str) -> Function:
 
 
 def exact(column: str = "answer") -> Function:
-    """1 where the answer is that of the column, but for space around it and how much of it there is between words."""
-
-    def plain(text: str) -> str:
-        return " ".join(text.split())
-
-    def right(answer: Any, completion: str) -> bool:
-        return plain(marked_answer(completion)) == plain(marked_answer(str(answer)))
-
-    return _compare_with(column, right)
+    """Score 1 where the answer equals that of the column, apart from the amount of whitespace."""
+    return partial(_check_answers, column, _same_text)
 
 
 def numeric(column: str = "answer") -> Function:
-    """1 where the answer is the number of the column, exactly, however it is written: 1,200 and $1200.00 are equal."""
-
-    def right(answer: Any, completion: str) -> bool:
-        wanted = read_number(str(answer))
-        if wanted is None:
-            raise DataError(f"the row's {column!r} holds no number")
-        return read_number(completion) == wanted
-
-    return _compare_with(column, right)
+    """Score 1 where the answer is exactly the number of the column, in any notation: 1,200 and $1200.00 are equal."""
+    return partial(_check_answers, column, partial(_same_number, column))
 
 
 def regex(pattern: str = "") -> Function:
-    """1 where the pattern is found in the completion (Python's `re.search`)."""
+    """Score 1 where the pattern is found in the completion (Python's `re.search`)."""
     if not pattern:
         raise ValueError("expected a pattern after the colon")
     try:
@@ -78,56 +65,73 @@ def regex(pattern: str = "") -> Function:
 
 
 def tagged(tags: str = "think+answer") -> Function:
-    """1 where the completion is <a>...</a> <b>...</b> for tags a+b: each once, in order, with only space around them.
-
-    A first tag that the prompt ends with need not be repeated.
+    """Score 1 where the completion is <a>...</a> <b>...</b> for tags a+b: each once, in order, with only whitespace
+    around them. A first tag that ends the prompt need not be repeated.
     """
     names = tags.split("+")
     if not all(re.fullmatch(r"\w+", name) for name in names) or len({*names}) < len(names):
         raise ValueError("expected names of tags with + between them, each once")
     words = "|".join(rf"</?{name}>" for name in names)
-    inside = rf"(?:(?!{words}).)*+"  # anything but one of the tags; once matched, never tried again
+    inside = rf"(?:(?!{words}).)*+"  # anything but one of the tags; possessive, so that it never backtracks
     compiled = re.compile(r"\s*".join(rf"<{name}>{inside}</{name}>" for name in names), re.DOTALL)
-
-    def check(prompts: list[str], completions: list[str], rows: list[dict[str, Any]]) -> list[float]:
-        opened = f"<{names[0]}>"
-        texts = [
-            opened + completion if prompt.rstrip().endswith(opened) else completion
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
-        return [float(compiled.fullmatch(text.strip()) is not None) for text in texts]
-
-    return check
+    return partial(_check_format, f"<{names[0]}>", compiled)
 
 
 CHECKERS: dict[str, Callable[..., Function]] = {"exact": exact, "numeric": numeric, "regex": regex, "format": tagged}
 
 
-def _compare_with(column: str, right: Callable[[Any, str], bool]) -> Function:
-    """A function that compares each completion with the row's answer, or with each of a list of answers."""
+def _check_answers(
+    column: str,
+    equal: Callable[[Any, str], bool],
+    prompts: list[str],
+    completions: list[str],
+    rows: list[dict[str, Any]],
+) -> list[float | None]:
+    """Compare each completion with the answer in the column of its row, or with each of a list of answers."""
+    scores: list[float | None] = []
+    for completion, row in zip(completions, rows, strict=True):
+        if column not in row:
+            near = difflib.get_close_matches(column, row, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise DataError(f"the row has no column {column!r}, only {', '.join(map(repr, row))}{hint}")
+        answers = row[column] if isinstance(row[column], list) else [row[column]]
+        if not answers or answers == [None]:
+            scores.append(None)
+        else:
+            scores.append(float(any(equal(answer, completion) for answer in answers)))
+    return scores
 
-    def check(prompts: list[str], completions: list[str], rows: list[dict[str, Any]]) -> list[float | None]:
-        scores: list[float | None] = []
-        for completion, row in zip(completions, rows, strict=True):
-            if column not in row:
-                near = difflib.get_close_matches(column, row, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise DataError(f"the row has no column {column!r}, only {', '.join(map(repr, row))}{hint}")
-            answers = row[column] if isinstance(row[column], list) else [row[column]]
-            if not answers or answers == [None]:
-                scores.append(None)
-            else:
-                scores.append(float(any(right(answer, completion) for answer in answers)))
-        return scores
 
-    return check
+def _same_text(answer: Any, completion: str) -> bool:
+    return marked_answer(completion).split() == marked_answer(str(answer)).split()
+
+
+def _same_number(column: str, answer: Any, completion: str) -> bool:
+    wanted = read_number(str(answer))
+    if wanted is None:
+        raise DataError(f"the row's {column!r} holds no number")
+    return read_number(completion) == wanted
+
+
+def _check_format(
+    first_tag: str,
+    pattern: re.Pattern[str],
+    prompts: list[str],
+    completions: list[str],
+    rows: list[dict[str, Any]],
+) -> list[float]:
+    texts = [
+        first_tag + completion if prompt.rstrip().endswith(first_tag) else completion
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    return [float(pattern.fullmatch(text.strip()) is not None) for text in texts]
 
 
 # -------------------------------------------------------------------------------------------------------------- answers
 
 
 def marked_answer(text: str) -> str:
-    """The part of a text that is marked as its answer, the last one of its kind; all of it if none is marked."""
+    """Return the part of a text that is marked as its answer, the last one of its kind; without a mark, the text."""
     tagged_parts = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", text, re.DOTALL)
     boxed = _boxed(text)
     after_hashes = re.findall(r"####[ \t]*(\S[^\n]*)", text)
@@ -141,7 +145,7 @@ def marked_answer(text: str) -> str:
 
 
 def _boxed(text: str) -> str | None:
-    """What stands in the last \\boxed{...}, which may hold braces of its own; None if there is none that ends."""
+    """Return the content of the last \\boxed{...}, which may hold nested braces; None if none is closed."""
     _, found, rest = text.rpartition(r"\boxed{")
     depth = 1
     for end, letter in enumerate(rest if found else ""):
@@ -168,10 +172,10 @@ _TEX = [
 
 
 def read_number(text: str) -> Fraction | None:
-    """The last number of a text, or of what it marks as its answer; None if there is none.
+    """Return the last number of a text, or of the part marked as its answer; None if there is none.
 
-    Signs, commas between thousands, decimals, exponents of up to three digits and fractions a/b are read, also as TeX
-    writes them. A currency, a unit or a percent sign is left aside: 5 % is 5.
+    Signs, commas between thousands, decimals, exponents of up to three digits and fractions a/b are read, also in TeX
+    notation. A currency, a unit or a percent sign is ignored: 5 % is 5.
     """
     text = marked_answer(text)
     for pattern, plain in _TEX:

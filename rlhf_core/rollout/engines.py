@@ -1,9 +1,10 @@
-"""Sampling by others: transformers' continuous batching, and a server that speaks OpenAI's protocol, such as vLLM.
+"""Sampling by other engines: transformers' continuous batching, and a server with OpenAI's protocol, such as vLLM.
 
-Both give what `sample` gives, tokens and log-probs of the plain distribution at the temperature: every filter is
-switched off in the request, whatever the checkpoint or the server has as its default. What they do not record (a value
-head's values, and a server's log-probs at a temperature other than 1) is computed here by one teacher-forced pass.
-Samples follow the seed only as far as the engine's scheduling repeats itself; where that matters, let `sample` decode.
+Both return what `sample` returns, tokens and log-probs of the whole distribution at the temperature: requests switch
+off every filter, whatever the checkpoint or the server has as its default. What an engine does not record (the values
+of a value head, and a server's log-probs at a temperature other than 1) is computed here by one forward over the
+completions. Samples are reproducible from the seed only as far as the engine's scheduling is; where that matters, use
+`sample`.
 """
 
 from __future__ import annotations
@@ -18,29 +19,78 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import ContinuousBatchingConfig
 
 from rlhf_core.config import SamplingConfig
+from rlhf_core.data.tokenize import stop_ids as stop_ids_of
+from rlhf_core.data.tokenizer import Tokenizer
 from rlhf_core.models.forward import device_of, evaluating, policy_outputs
 from rlhf_core.models.load import save_model
-from rlhf_core.rollout.sampling import Rollout, check_prompts
+from rlhf_core.rollout.experience import Experience
+from rlhf_core.rollout.sampling import check_prompts, sample
 
-_PAGE = 64  # tokens of a page of the continuous engine's cache
-_FIRST_PAUSE = 1.0  # seconds before a request is sent again; doubled each time
+_PAGE = 64  # tokens in a page of the continuous engine's cache
+_FIRST_PAUSE = 1.0  # seconds before a request is repeated; doubled each time
+
+
+def sample_completions(
+    policy: PreTrainedModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    generator: torch.Generator,
+    *,
+    n: int = 1,
+    value_head: Callable[[Tensor], Tensor] | None = None,
+) -> Experience:
+    """Sample `n` completions of each prompt with the engine of the settings, each up to a stop token of the policy.
+
+    Row i * n + j is completion j of prompt i.
+
+    Args:
+        generator: on the CPU; the source of all random numbers.
+        value_head: maps (B, H) states of the policy's trunk to (B,) values, which are recorded as `values` (B, T).
+
+    Raises:
+        ValueError: for an empty prompt, no prompts, n < 1, log-probs that are not finite, and a server's answer that
+            cannot be used.
+        RuntimeError, ConnectionError: where the continuous engine or the server fails.
+    """
+    stops = stop_ids_of(tokenizer, policy.generation_config)
+    if sampling.engine == "continuous":
+        return sample_continuously(
+            policy, prompts, n, sampling, stop_ids=stops, generator=generator, value_head=value_head
+        )
+    if sampling.engine == "server":
+        return sample_from_server(
+            policy, tokenizer, prompts, n, sampling, stop_ids=stops, generator=generator, value_head=value_head
+        )
+    return sample(
+        policy,
+        prompts,
+        n,
+        max_new_tokens=sampling.max_new_tokens,
+        stop_ids=stops,
+        generator=generator,
+        temperature=sampling.temperature,
+        batch_size=sampling.batch_size,
+        value_head=value_head,
+        cache=sampling.kv_cache,
+    )
 
 
 # ------------------------------------------------------------------------------------------------- continuous batching
 
 
 def sample_continuously(
-    policy: nn.Module,
+    policy: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     n: int,
     config: SamplingConfig,
@@ -48,34 +98,34 @@ def sample_continuously(
     stop_ids: frozenset[int],
     generator: torch.Generator,
     value_head: Callable[[Tensor], Tensor] | None = None,
-) -> Rollout:
-    """As `sample`, by `policy.generate_batch`: a row that ends makes room for the next at once.
+) -> Experience:
+    """Sample as `sample` does, with `policy.generate_batch`: the next row takes the place of a finished one at once.
 
-    Raises RuntimeError where the engine gives up on a row, and ValueError as `sample` does.
+    Raises RuntimeError where the engine does not complete a row, and ValueError as `sample` does.
     """
     check_prompts(prompts, n)
     rows = [list(prompt) for prompt in prompts for _ in range(n)]
     longest = max(map(len, rows)) + config.max_new_tokens
-    together = min(config.batch_size, len(rows))
-    wanted = GenerationConfig(
+    concurrent = min(config.batch_size, len(rows))
+    generation = GenerationConfig(
         do_sample=config.temperature > 0, temperature=config.temperature or 1.0, top_k=0, top_p=1.0,
         max_new_tokens=config.max_new_tokens, eos_token_id=sorted(stop_ids), pad_token_id=0,
     )  # fmt: skip
     engine = ContinuousBatchingConfig(
         return_logprobs=True,
         seed=_draw_seeds(generator, 1)[0],
-        max_requests_per_batch=together,
+        max_requests_per_batch=concurrent,
         page_size=_PAGE,
-        num_blocks=together * -(-longest // _PAGE) + 1,  # the memory of these rows, not all that is free
+        num_blocks=concurrent * -(-longest // _PAGE) + 1,  # the memory of these rows, instead of all free memory
         max_batch_tokens=max(longest, 2048),
         auto_switch_to_flash=False,
     )
     device, attention = device_of(policy), policy.config._attn_implementation
     try:
         policy.set_attn_implementation("sdpa")
-        # The engine seeds the global random numbers, which are the trainer's.
+        # The engine seeds the global random numbers, which belong to the caller.
         with evaluating(policy), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            outputs = policy.generate_batch(rows, generation_config=wanted, continuous_batching_config=engine)
+            outputs = policy.generate_batch(rows, generation_config=generation, continuous_batching_config=engine)
     finally:
         policy.set_attn_implementation(attention)
     results = list(outputs.values())
@@ -83,20 +133,22 @@ def sample_continuously(
     if faults or len(results) < len(rows):
         raise RuntimeError(
             f"engine='continuous': {len(results) - len(faults)} of {len(rows)} rows were completed; "
-            f"{faults[0] if faults else 'what the engine logged says why'}"
+            f"{faults[0] if faults else 'the reason is in the log of the engine'}"
         )
-    rollout = _rollout(
+    experience = _experience(
         rows, n, [result.generated_tokens for result in results], [result.logprobs for result in results], stop_ids
     )
-    return rollout if value_head is None else replace(rollout, values=_forced(policy, rollout, config, value_head)[1])
+    if value_head is None:
+        return experience
+    return replace(experience, values=_teacher_forced(policy, experience, config, value_head)[1])
 
 
-# ---------------------------------------------------------------------------------------------------------- a server
+# ------------------------------------------------------------------------------------------------------------- a server
 
 
 def sample_from_server(
-    policy: nn.Module,
-    tokenizer: Any,
+    policy: PreTrainedModel,
+    tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     n: int,
     config: SamplingConfig,
@@ -104,57 +156,76 @@ def sample_from_server(
     stop_ids: frozenset[int],
     generator: torch.Generator,
     value_head: Callable[[Tensor], Tensor] | None = None,
-) -> Rollout:
-    """As `sample`, by requests to {config.server_url}/v1/completions, one for each prompt, several at a time.
+) -> Experience:
+    """Sample as `sample` does, with requests to {config.server_url}/v1/completions, one a prompt, several at a time.
 
-    The server is given the policy's weights first, where the config says how. Its log-probs are used at temperature 1;
-    at others some servers give those of temperature 1 and some do not say, so ours are computed.
+    The policy's weights are sent to the server first, where the config defines how. The server's log-probs are used at
+    temperature 1 only; at other temperatures servers differ in what they return, so the log-probs are computed here.
 
     Raises ConnectionError where the server does not answer or fails, and ValueError where it refuses a request or its
-    answer cannot be used, such as one without token ids: a text that is tokenized again may be other tokens.
+    answer cannot be used, such as one without token ids: a text that is tokenized again may give other tokens.
     """
     check_prompts(prompts, n)
     if config.server_refresh is not None:
         refresh_server(policy, tokenizer, config)
-    base = config.server_url.rstrip("/").removesuffix("/v1")
-    name = config.server_model or _first_model(base, config)
-    vocabulary = policy.get_input_embeddings().weight.shape[0]
-
-    def ask(work: tuple[Sequence[int], int]) -> list[tuple[list[int], list[float]]]:
-        prompt, seed = work
-        answer = _send(
-            f"{base}/v1/completions",
-            config,
-            dict(
-                model=name, prompt=list(prompt), n=n, max_tokens=config.max_new_tokens, temperature=config.temperature,
-                seed=seed, stop_token_ids=sorted(stop_ids), logprobs=1, return_token_ids=True,
-                return_tokens_as_token_ids=True, skip_special_tokens=False, add_special_tokens=False,
-                top_p=1.0, top_k=-1, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0,
-            ),
-        )  # fmt: skip
-        choices = answer.get("choices") or []
-        if sorted(choice.get("index", -1) for choice in choices) != list(range(n)):
-            raise ValueError(f"{base}: {len(choices)} completions of a prompt came back, expected {n}, numbered from 0")
-        choices.sort(key=lambda choice: choice["index"])
-        return [read_choice(choice, base, config.max_new_tokens, stop_ids, vocabulary) for choice in choices]
-
-    work = list(zip(prompts, _draw_seeds(generator, len(prompts)), strict=True))
+    base = str(config.server_url).rstrip("/").removesuffix("/v1")
+    server = _Server(
+        base=base,
+        model=config.server_model or _first_model(base, config),
+        config=config,
+        n=n,
+        stop_ids=stop_ids,
+        vocabulary=policy.get_input_embeddings().weight.shape[0],
+    )
+    seeds = _draw_seeds(generator, len(prompts))
     with ThreadPoolExecutor(max(1, config.batch_size // n)) as pool:
-        answers = [line for lines in pool.map(ask, work) for line in lines]
+        answers = [answer for group in pool.map(server.complete, prompts, seeds) for answer in group]
     rows = [list(prompt) for prompt in prompts for _ in range(n)]
-    rollout = _rollout(rows, n, [ids for ids, _ in answers], [logprobs for _, logprobs in answers], stop_ids)
+    experience = _experience(rows, n, [ids for ids, _ in answers], [logprobs for _, logprobs in answers], stop_ids)
     if config.temperature == 1.0 and value_head is None:
-        return rollout
-    logprobs, values = _forced(policy, rollout, config, value_head)
-    return replace(rollout, values=values, logprobs=rollout.logprobs if config.temperature == 1.0 else logprobs)
+        return experience
+    logprobs, values = _teacher_forced(policy, experience, config, value_head)
+    return replace(experience, values=values, logprobs=experience.logprobs if config.temperature == 1.0 else logprobs)
 
 
-def refresh_server(policy: nn.Module, tokenizer: Any, config: SamplingConfig) -> None:
+@dataclass(frozen=True)
+class _Server:
+    """What all requests for completions have in common."""
+
+    base: str
+    model: str
+    config: SamplingConfig
+    n: int
+    stop_ids: frozenset[int]
+    vocabulary: int
+
+    def complete(self, prompt: Sequence[int], seed: int) -> list[tuple[list[int], list[float]]]:
+        """Request n completions of a prompt; return the token ids and log-probs of each, in the server's order."""
+        request = dict(
+            model=self.model, prompt=list(prompt), n=self.n, max_tokens=self.config.max_new_tokens,
+            temperature=self.config.temperature, seed=seed, stop_token_ids=sorted(self.stop_ids), logprobs=1,
+            return_token_ids=True, return_tokens_as_token_ids=True, skip_special_tokens=False,
+            add_special_tokens=False, top_p=1.0, top_k=-1, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0,
+            frequency_penalty=0.0,
+        )  # fmt: skip
+        choices = _send(f"{self.base}/v1/completions", self.config, request).get("choices") or []
+        if sorted(choice.get("index", -1) for choice in choices) != list(range(self.n)):
+            raise ValueError(
+                f"{self.base}: {len(choices)} completions of a prompt came back, expected {self.n}, numbered from 0"
+            )
+        choices.sort(key=lambda choice: choice["index"])
+        return [
+            read_choice(choice, self.base, self.config.max_new_tokens, self.stop_ids, self.vocabulary)
+            for choice in choices
+        ]
+
+
+def refresh_server(policy: PreTrainedModel, tokenizer: Tokenizer, config: SamplingConfig) -> None:
     """Write the policy to `server_weights` and have the server load it, by a POST of {"path": folder} or by a command.
 
-    Returns when the URL has answered or the command has ended; raises as `sample_from_server` does.
+    Returns once the URL has answered or the command has ended; raises as `sample_from_server` does.
     """
-    folder, hook = config.server_weights, config.server_refresh
+    folder, hook = str(config.server_weights), str(config.server_refresh)
     save_model(folder, policy, tokenizer, merge=True)
     if hook.startswith(("http://", "https://")):
         _send(hook, config, {"path": folder})
@@ -164,8 +235,8 @@ def refresh_server(policy: nn.Module, tokenizer: Any, config: SamplingConfig) ->
             [*shlex.split(hook), folder], check=True, capture_output=True, text=True, timeout=config.server_timeout
         )
     except subprocess.CalledProcessError as error:
-        said = (error.stderr or error.stdout).strip()[-500:]
-        raise ConnectionError(f"server_refresh={hook!r}: exit status {error.returncode}: {said}") from None
+        output = (error.stderr or error.stdout).strip()[-500:]
+        raise ConnectionError(f"server_refresh={hook!r}: exit status {error.returncode}: {output}") from None
     except subprocess.TimeoutExpired:
         raise ConnectionError(f"server_refresh={hook!r}: not done in {config.server_timeout:g} s") from None
 
@@ -173,9 +244,10 @@ def refresh_server(policy: nn.Module, tokenizer: Any, config: SamplingConfig) ->
 def read_choice(
     choice: dict[str, Any], server: str, max_new_tokens: int, stop_ids: frozenset[int], vocabulary: int
 ) -> tuple[list[int], list[float]]:
-    """Token ids and log-probs of one completion of an answer, up to its first stop token; ValueError if they cannot be.
+    """Return the token ids and log-probs of one completion of an answer, up to its first stop token.
 
-    Ids are read from `token_ids`, or from log-prob entries named token_id:17.
+    Ids are read from `token_ids`, or from log-prob entries named token_id:17. Raises ValueError, which begins with
+    `server`, where the completion cannot be used.
     """
     record = choice.get("logprobs") or {}
     ids = choice.get("token_ids")
@@ -186,7 +258,7 @@ def read_choice(
         if not ids or len(ids) < len(names):
             raise ValueError(
                 f"{server}: the answer has no token ids; expected `token_ids`, or tokens in `logprobs` named "
-                "token_id:17, as vLLM gives them. The text alone may be other tokens when it is tokenized again"
+                "token_id:17, as vLLM gives them. The text alone may give other tokens when it is tokenized again"
             )
     logprobs = record.get("token_logprobs")
     if logprobs is None or len(logprobs) != len(ids):
@@ -211,11 +283,11 @@ def _first_model(base: str, config: SamplingConfig) -> str:
     models = _send(f"{base}/v1/models", config).get("data") or []
     if not models:
         raise ValueError(f"{base}: lists no model; set server_model")
-    return models[0]["id"]
+    return str(models[0]["id"])
 
 
 def _send(url: str, config: SamplingConfig, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The JSON answer to a GET, or to a POST of `body`. Failures of line and server are tried again."""
+    """Return the JSON answer to a GET, or to a POST of `body`. Connection and server failures are retried."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     for attempt in range(config.server_retries + 1):
@@ -233,31 +305,34 @@ def _send(url: str, config: SamplingConfig, body: dict[str, Any] | None = None) 
         except (OSError, http.client.HTTPException) as error:
             fault = str(getattr(error, "reason", error))
         else:
-            try:
-                parsed = json.loads(text) if text.strip() else {}
-            except json.JSONDecodeError:
-                parsed = None
-            if not isinstance(parsed, dict):
-                raise ValueError(f"{url}: the answer is no JSON object: {text[:200]!r}")
-            return parsed
-    raise ConnectionError(f"{url}: {fault} (tried {config.server_retries + 1} times)")
+            break
+    else:
+        raise ConnectionError(f"{url}: {fault} (tried {config.server_retries + 1} times)")
+    try:
+        parsed = json.loads(text) if text.strip() else {}
+    except json.JSONDecodeError:
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{url}: the answer is no JSON object: {text[:200]!r}")
+    return parsed
 
 
-# ---------------------------------------------------------------------------------------------------------- for both
+# ----------------------------------------------------------------------------------------------------- both engines
 
 
 def _draw_seeds(generator: torch.Generator, count: int) -> list[int]:
-    return torch.randint(2**31, (count,), generator=generator).tolist()
+    seeds: list[int] = torch.randint(2**31, (count,), generator=generator).tolist()
+    return seeds
 
 
-def _rollout(
+def _experience(
     rows: list[list[int]],
     n: int,
     completions: list[list[int]],
     logprobs: list[list[float]],
     stop_ids: frozenset[int],
-) -> Rollout:
-    return Rollout(
+) -> Experience:
+    return Experience.sampled(
         prompts=rows,
         completions=completions,
         logprobs=pad_sequence([torch.tensor(line, dtype=torch.float32) for line in logprobs], batch_first=True),
@@ -266,15 +341,19 @@ def _rollout(
     )
 
 
-def _forced(
-    policy: nn.Module, rollout: Rollout, config: SamplingConfig, value_head: Callable[[Tensor], Tensor] | None
+def _teacher_forced(
+    policy: PreTrainedModel,
+    experience: Experience,
+    config: SamplingConfig,
+    value_head: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs and values, each (B, T) on the CPU, of the policy as it is."""
+    """Compute log-probs and values, each (B, T) on the CPU, by a forward of the policy in evaluation mode."""
     heads = [value_head] if isinstance(value_head, nn.Module) else []
     with torch.no_grad(), evaluating(policy, *heads):
         outputs = [
             policy_outputs(policy, batch, value_head=value_head, temperature=config.temperature or 1.0)
-            for batch in rollout.packs(config.batch_size)
+            for batch in experience.packs(config.batch_size)
         ]
-    values = None if value_head is None else torch.cat([output.values for output in outputs]).float().cpu()
-    return torch.cat([output.logprobs for output in outputs]).cpu(), values
+    logprobs = torch.cat([output.logprobs for output in outputs]).cpu()
+    values = [output.values for output in outputs if output.values is not None]
+    return logprobs, torch.cat(values).float().cpu() if values else None

@@ -1,88 +1,60 @@
-"""Log-probs of the weights that sampled: from a forward, or as the decoder wrote them down, where these agree."""
+"""Whether log-probs recorded while sampling may replace those of a forward."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_core.batch import PackedBatch
-from rlhf_core.config import PolicyGradientConfig
-from rlhf_core.losses.policy import importance_weights
 from rlhf_core.models.forward import PolicyOutputs
-from rlhf_core.rollout.sampling import Rollout
-from rlhf_core.rollout.steps import recall
-from rlhf_core.training.run import Run
+from rlhf_core.rollout.experience import Experience
 
 RECORDED_TOLERANCE = 1e-3
-"""How far, in nats, a log-prob of the decoder may be from that of the update's own forward: 0.1 % of the ratio."""
+"""Largest allowed difference, in nats, between a recorded log-prob and that of a forward: 0.1 % of the ratio."""
 
 
-class Recorded:
-    """Whether what the decoder recorded may stand for a forward: asked once a run, and kept in its checkpoints."""
+class RecordedLogprobs:
+    """The setting `recorded`, and once it was checked in the run, whether recorded log-probs are usable.
+
+    `usable` is None until the first rollout was compared with a forward; checkpoints keep it.
+    """
 
     def __init__(self, choice: str):
-        self.choice, self.good = choice, False if choice == "off" else None
+        self.choice = choice
+        self.usable: bool | None = False if choice == "off" else None
 
     @property
     def wanted(self) -> bool:
-        return self.good is not False
+        """Whether the engine should record what a forward would compute."""
+        return self.usable is not False
 
-    def state_dict(self) -> dict[str, bool | None]:
-        return {"good": self.good}
+    def check(
+        self, experience: Experience, outputs: PolicyOutputs, rows: Tensor | slice, *, whole_completions: bool
+    ) -> str | None:
+        """Compare recorded log-probs and values with those of a forward, in the given rows, and set `usable`.
 
-    def load_state_dict(self, state: dict[str, bool | None]) -> None:
-        self.good = state["good"]
+        Args:
+            whole_completions: compare sums over completions, for losses whose ratio is that of whole completions.
 
-
-def behaviour(
-    rollout: Rollout,
-    config: PolicyGradientConfig,
-    function: Callable[[PackedBatch], PolicyOutputs],
-    batches: list[Tensor] | None,
-    recorded: Recorded,
-    run: Run,
-    *,
-    whole: bool = False,
-) -> PolicyOutputs:
-    """Log-probs (B, T) under the weights that sampled, and values if there are any: what `recall` says, asked with the
-    same arguments, or what was recorded while decoding (on the CPU), where that was found good.
-
-    In rows that are in none of the `batches`, what was recorded stays. `whole`: the ratio is that of whole completions,
-    so their summed log-probs are what is compared.
-
-    Raises ValueError where recorded="on" and the two differ.
-    """
-    if recorded.good:
-        return PolicyOutputs(logprobs=rollout.logprobs, values=rollout.values)
-    outputs = recall(rollout, config, function, batches)
-    if recorded.good is None:
-        rows = slice(None) if batches is None else torch.cat(batches)
-        apart = (rollout.logprobs - outputs.logprobs.cpu())[rows]
-        gaps = [(apart.sum(-1) if whole else apart).abs().max()]
-        if rollout.values is not None:
-            values = outputs.values.cpu()
-            gaps.append(((rollout.values - values) / values.abs().clamp(min=1))[rows].abs().max())
+        Returns the reason if they are not usable. Raises ValueError if choice="on" and they are not.
+        """
+        difference = (experience.logprobs - outputs.logprobs)[rows]
+        gaps = [(difference.sum(-1) if whole_completions else difference).abs().max()]
+        if experience.values is not None and outputs.values is not None:
+            relative = (experience.values - outputs.values) / outputs.values.abs().clamp(min=1)
+            gaps.append(relative[rows].abs().max())
         gap = torch.stack(gaps).max().item()
-        recorded.good = gap <= RECORDED_TOLERANCE  # no NaN is
-        if not recorded.good:
-            text = f"what was recorded while decoding is {gap:.2g} from a forward, not within {RECORDED_TOLERANCE}"
-            if recorded.choice == "on":
-                raise ValueError(f"recorded='on': {text}; expected 'off' or 'auto' for this model")
-            run.say(f"{run.job}: {text}; log-probs come from forwards")
-    return outputs
+        self.usable = gap <= RECORDED_TOLERANCE  # False for NaN
+        if self.usable:
+            return None
+        reason = f"recorded log-probs differ from a forward by {gap:.2g}, more than {RECORDED_TOLERANCE}"
+        if self.choice == "on":
+            raise ValueError(f"recorded='on': {reason}; expected 'off' or 'auto' for this model")
+        return reason
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"usable": self.usable}
 
-def engine_weights(
-    logprobs: Tensor, rollout: Rollout, rows: Tensor, mask: Tensor, config: PolicyGradientConfig
-) -> Tensor | None:
-    """(R, T) `importance_weights` of some rows of a rollout, for an engine whose log-probs are not quite a forward's.
-
-    None where the settings ask for none. `logprobs` and `mask`, (R, T), are of those rows, the former from a forward
-    of the weights that sampled.
-    """
-    if config.importance == "none":
-        return None
-    engine = rollout.logprobs[rows].to(logprobs.device)
-    return importance_weights(logprobs, engine, mask, level=config.importance, weight_max=config.importance_max)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.usable = state["usable"]

@@ -1,278 +1,252 @@
-"""Online DPO (Guo et al. 2024, arXiv:2402.04792): a preference loss on pairs that the policy has just sampled itself.
+"""Online DPO (Guo et al. 2024, arXiv:2402.04792): a preference loss on pairs that the policy has just sampled.
 
 Each step rolls out one batch of prompts and learns from it:
 
-    1. act      num_generations completions for each prompt, two if not told otherwise
-    2. compare  the best against the worst score of a prompt, or the two as a judge has them: one pair a prompt
+    1. sample   num_generations completions for each prompt, two by default
+    2. compare  the best and the worst score of a prompt, or two completions by a judge: one pair per prompt
     3. improve  a preference loss by name (docs/losses.md) on the pairs, over minibatches
 
-XPO (Xie et al. 2024, arXiv:2405.21046, algorithm 1) holds a completion of the policy against one of the reference, and
-adds a bonus for leaving what the reference would say:
+XPO (Xie et al. 2024, arXiv:2405.21046, algorithm 1) pairs a completion of the policy with one of the reference, and
+adds an exploration bonus for completions that are unlikely under the policy:
 
     loss + xpo_alpha * log policy(the reference's completion)
 
-The algorithm learns anew from all pairs so far; this loop, as for the other losses, from those of the step.
+The paper's algorithm learns from all pairs so far; this loop, as for the other losses, from those of the step.
 
-Log-probs, of the policy and of the reference, are those of the distribution that was sampled from: at its temperature.
+Log-probs of policy and reference are those of the distribution that was sampled from, at its temperature.
 
-A prompt without two scores, or whose best scores no more than its worst, makes no pair; nor do two completions between
-which the judge does not decide. `ties` counts those that were compared in vain, `kept` is the share of prompts with a
-pair. A step without any pair is skipped: it has no loss and changes no weight. `skipped` marks it.
+A prompt with fewer than two scores, or with equal ones, makes no pair; neither do two completions between which the
+judge does not decide. `ties` counts those that were compared without a result, `kept` is the fraction of prompts with a
+pair. A step without any pair is skipped: it has no loss and changes no weight; `skipped` marks it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from rlhf_core.config import ConfigError, OnPolicyConfig, did_you_mean, require
-from rlhf_core.data.loader import count_steps, step_examples
-from rlhf_core.data.tokenize import Example
-from rlhf_core.losses.preference import PREFERENCE_LOSSES, preference_loss
-from rlhf_core.models.forward import device_of
-from rlhf_core.models.load import save_model
-from rlhf_core.plugins import import_module
-from rlhf_core.rollout.judges import Judge, Verdicts, in_random_order, load_judge
-from rlhf_core.rollout.rewards import Scores
-from rlhf_core.rollout.sampling import Rollout
-from rlhf_core.rollout.steps import (
-    act,
-    charge_unfinished,
-    evaluate_held_out,
-    load_actors,
-    policy_forward,
-    recall,
-    rollout_gauges,
-    say_how_it_samples,
-    score,
-    sequence_kl,
-    shuffled_minibatches,
+from rlhf_core.config import (
+    AtLeastTwo,
+    ConfigError,
+    LabelSmoothing,
+    LossOptions,
+    NonNegativeFloat,
+    OnPolicyConfig,
+    PositiveFloat,
+    PositiveInt,
+    ScoreShapingConfig,
+    require,
 )
-from rlhf_core.trainers.dpo import rehearse
-from rlhf_core.training.metrics import Averages
-from rlhf_core.training.optim import build_optimizer, optimizer_step
-from rlhf_core.training.run import Run, claim_folder
+from rlhf_core.losses.pairs import Pairs, PreferenceLoss
+from rlhf_core.losses.preference import PREFERENCE_LOSSES, preference_loss
+from rlhf_core.ops.kl import sequence_kl
+from rlhf_core.rollout.experience import Experience, best_and_worst, interleave
+from rlhf_core.rollout.judges import compare_by_judge, judged_pairs, load_judge
+from rlhf_core.rollout.online import Minibatch, OnlineRun, RolloutStep, score_and_kl
+from rlhf_core.training.loss_settings import find_losses, invalid_setting, read_loss_options
+from rlhf_core.training.metrics import Metrics
+from rlhf_core.training.preference import JOB_SETTINGS
+
+OnlineDPORun = OnlineRun["OnlineDPOConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnlineDPOConfig(OnPolicyConfig):
-    """Improve a policy by a preference loss on pairs that it samples, ranked by a reward or by a judge."""
+class OnlineDPOConfig(LossOptions, OnPolicyConfig):
+    """Improve a policy by a preference loss on pairs that it samples, ranked by a reward or compared by a judge."""
+
+    job: ClassVar[str] = "online-dpo"
+    common: ClassVar[tuple[str, ...]] = (*OnPolicyConfig.common, "judge", "loss", "beta")
 
     judge: str | None = None
-    """module:function, in place of a reward: called with lists of prompts, first completions, second completions and
-    data rows, it returns for each pair 0 or 1, the better one, or None for a tie. Which is first is drawn by lot.
-    Held-out prompts are then judged against the reference, and eval_win_rate is logged."""
+    """module:function, instead of a reward: called with lists of prompts, first completions, second completions and
+    data rows, it returns for each pair 0 or 1, the better one, or None for a tie. Their order is random. Evaluation
+    prompts are then compared with the reference, and eval_win_rate is logged."""
     loss: str = "sigmoid"
-    """Name of the preference loss: sigmoid, ipo, ... (docs/losses.md lists them)."""
-    loss_module: str | None = None
-    """A Python module of your own that registers a loss, imported first."""
-    beta: float = 0.1
-    """Strength of the pull to the reference."""
-    label_smoothing: float = 0.0
+    """Name of the preference loss: sigmoid, ipo, simpo, ... (docs/losses.md lists them)."""
+    beta: PositiveFloat = 0.1
+    """Strength of the KL regularisation towards the reference."""
+    label_smoothing: LabelSmoothing = 0.0
     """Probability that a comparison is wrong."""
-    xpo_alpha: float | None = None
-    """XPO: hold each completion against one of the reference, and add this times the latter's log-prob to the loss;
-    none samples both from the policy."""
-    num_generations: int = 2
-    """Completions to a prompt, of which the best and the worst make a pair."""
-    missing_eos_penalty: float = 0.0
-    """Taken from the score of a completion that was cut off, before scores are compared."""
+    xpo_alpha: NonNegativeFloat | None = None
+    """XPO: pair each completion with one of the reference, and add this times the latter's log-prob to the loss; none
+    samples both from the policy."""
+    num_generations: AtLeastTwo = 2
+    """Completions per prompt, of which the best and the worst make a pair."""
     batch_size: int = 32
-    """Prompts to a rollout."""
+    """Prompts per rollout."""
     minibatch_size: int = 32
-    """Pairs to an optimizer step."""
-    micro_batch_size: int | None = None
-    """Pairs that go through the model at once; memory grows with it, results do not change. None: minibatch_size."""
-    rollout_epochs: int = 1
-    """Passes over each rollout."""
+    """Pairs per optimizer step."""
+    micro_batch_size: PositiveInt | None = None
+    """Pairs per forward pass; memory grows with it, results do not change. None: minibatch_size."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.judge is not None and (super().reward_sources() or self.reward_weights is not None):
             raise ConfigError(f"judge={self.judge!r}: expected a judge or a reward, not both")
-        if self.loss_module is not None:
-            import_module(self.loss_module)
-        known = f"one of {', '.join(sorted(PREFERENCE_LOSSES))}{did_you_mean(self.loss, PREFERENCE_LOSSES)}"
-        require(self.loss in PREFERENCE_LOSSES, "loss", self.loss, known)
-        rehearse(self)
         micro, pairs = self.micro_batch_size, self.minibatch_size
-        whole = not PREFERENCE_LOSSES[self.loss].across_pairs or micro is None or micro >= pairs
+        whole = not self.entry.across_pairs or micro is None or micro >= pairs
         require(whole, "micro_batch_size", micro, f"none, because loss={self.loss!r} looks across a minibatch's pairs")
-        require(self.num_generations > 1, "num_generations", self.num_generations, "2 or more, to be compared")
         for name in ("judge", "xpo_alpha"):
             two = f"2, because {name}={getattr(self, name)!r} compares two"
             alone = getattr(self, name) is None or self.num_generations == 2
             require(alone, "num_generations", self.num_generations, two)
-        require(self.xpo_alpha is None or self.xpo_alpha >= 0, "xpo_alpha", self.xpo_alpha, "0 or more, or none")
-        penalty, scored = self.missing_eos_penalty, self.judge is None
-        require(penalty >= 0, "missing_eos_penalty", penalty, "0 or more")
-        require(scored or penalty == 0, "missing_eos_penalty", penalty, "0, because a judge gives no scores")
-        require(self.rollout_epochs > 0, "rollout_epochs", self.rollout_epochs, "more than 0")
+        unshaped = self.judge is None or self.score == ScoreShapingConfig()
+        require(unshaped, "score", self.score, "the defaults, because a judge gives no scores")
+        zeros = torch.zeros(2, 1)
+        with invalid_setting():
+            compute_loss(Pairs.interleaved(zeros, zeros == 0, ref_logprobs=zeros), self)
+
+    @property
+    def entry(self) -> PreferenceLoss:
+        """The table's entry of the loss."""
+        return find_losses(PREFERENCE_LOSSES, [self.loss])[self.loss]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """`loss_options` as numbers."""
+        return read_loss_options(self.loss_options, {self.loss: self.entry.function}, reserved=JOB_SETTINGS)
+
+    @property
+    def explores(self) -> bool:
+        """Whether the loss is XPO's."""
+        return self.xpo_alpha is not None
+
+    @property
+    def own_rows(self) -> slice:
+        """The rows of an experience that the policy sampled."""
+        return slice(None, None, 2 if self.explores else None)
 
     def reward_sources(self) -> tuple[str, ...]:
-        """A judge stands in for all of them."""
+        """Return the sources of scores, or the judge that replaces them."""
         return super().reward_sources() if self.judge is None else (self.judge,)
 
 
-def train(config: OnlineDPOConfig) -> dict[str, float]:
-    """Run to the end; the policy is saved in `config.output`. Returns the last evaluation's metrics."""
-    claim_folder(config)
-    torch.manual_seed(config.seed)
-    policy, tokenizer, reference, reward, examples, held_out = load_actors(config)
-    judge = None if config.judge is None else load_judge(config.judge, tokenizer, timeout=config.reward_timeout)
-    reference.generation_config = policy.generation_config  # where it samples, it stops at the same tokens
-    optimizer = build_optimizer([policy], config.optim)
-    total_steps = count_steps(len(examples), config.batch_size, config.epochs, config.max_steps)
-    device, explore = device_of(policy), config.xpo_alpha is not None
-    evaluation: dict[str, float] = {}
-
-    write = partial(save_model, model=policy, tokenizer=tokenizer)
-    with Run("online-dpo", config, total_steps, modules={"policy": policy}, optimizer=optimizer, write=write) as run:
-        say_how_it_samples(run, policy)
+def train(config: OnlineDPOConfig) -> Metrics:
+    """Train and save the policy in `config.output`. Return the metrics of the last evaluation."""
+    with OnlineRun(config, evaluate=evaluate, show=("score", "win_rate", "kl", "accuracy")) as run:
+        judge = None if config.judge is None else load_judge(config.judge, run.tokenizer, timeout=config.reward_timeout)
         for step in run.steps():
-            rows = step_examples(examples, config.batch_size, seed=config.seed, step=step)
+            # 1. sample
+            experience = sample_completions(run, step)
 
-            # 1. act. To explore, the even rows are the policy's and the odd ones the reference's.
-            n = 1 if explore else config.num_generations
-            own = rollout = act(policy, tokenizer, rows, config, "rollout", step, n=n)
-            if explore:
-                rollout = side_by_side(own, act(reference, tokenizer, rows, config, "reference", step))
-            ours = slice(None, None, 2 if explore else None)
-            mask = rollout.pack().completion_mask.to(device)
-            ref_logprobs = recall(rollout, config, lambda batch: policy_forward(reference, batch, config)).logprobs
-            kl = sequence_kl((rollout.logprobs.to(device) - ref_logprobs)[ours], mask[ours])
-
-            # 2. compare. The gauges are of the policy's own completions, and of scores as they were given.
+            # 2. compare
             if judge is None:
-                scores = score(reward, rollout, rows)
-                metrics = rollout_gauges(own, scores.keep(ours))
-                scores = charge_unfinished(scores, rollout, config.missing_eos_penalty)
-                pairs = best_and_worst(scores, rollout.group_size)
+                experience, pairs, ties = compare_scores(run, step, experience)
             else:
-                metrics = {
-                    "length": sum(map(len, own.completions)) / len(own.completions),
-                    "eos_rate": own.finished.float().mean().item(),
-                }
-                pairs = judged_pairs(ask(judge, rollout, rows, config.seed, "judge", step))
-            count = len(pairs.chosen)
-            metrics |= {"kl": kl, "kept": count / len(rows), "ties": pairs.ties, "skipped": int(count == 0)}
-            if explore and count:
-                metrics["win_rate"] = (pairs.chosen % 2 == 0).float().mean().item()
+                verdicts = compare_by_judge(judge, experience, step.rows, config.seed, "judge", step.number)
+                pairs, ties = judged_pairs(verdicts)
+            log_comparison(run, step, experience, pairs, ties)
 
             # 3. improve
-            averages = Averages()
-            order = shuffled_minibatches(
-                count, config.minibatch_size, config.rollout_epochs, seed=config.seed, step=step
-            )
-            for minibatch in order if count else ():
-                tokens = mask[pairs.chosen[minibatch]].sum()
-                for part in minibatch.split(config.micro_batch_size or len(minibatch)):
-                    both = torch.stack([pairs.chosen[part], pairs.rejected[part]], 1).flatten()
-                    batch = rollout.pack(both.tolist(), width=mask.shape[1])
-                    logprobs = policy_forward(policy, batch, config).logprobs
-                    loss, stats = preference_loss(
-                        config.loss,
-                        **by_side(logprobs, ref_logprobs[both], mask[both]),
-                        beta=config.beta,
-                        label_smoothing=config.label_smoothing,
-                        normalizer=len(minibatch),
-                        token_normalizer=tokens,
-                    )
-                    if explore:
-                        explored = logprobs[(both % 2 == 1).to(device)].sum()
-                        loss = loss + config.xpo_alpha * explored / len(minibatch)
-                        stats["explored_logprob"] = explored / len(part)
-                    loss.backward()
-                    averages.add({"loss": loss * len(minibatch) / len(part), **stats}, weight=len(part))
-                averages.add(optimizer_step(optimizer, config.optim, step, total_steps))
-            metrics |= averages.means()
-
-            if held_out and run.evaluate_now(step):
-                if judge is None:
-                    evaluation = evaluate_held_out(policy, reference, tokenizer, reward, held_out, config)
-                else:
-                    evaluation = evaluate_judged(policy, reference, tokenizer, judge, held_out, config)
-                metrics |= evaluation
-            run.log(step, metrics, show=("score", "win_rate", "kl", "accuracy"))
-        run.save(summary=evaluation)
-    return evaluation
+            for minibatch in step.minibatches(experience, step.plan_units(pairs)):
+                for batch in minibatch.micro_batches():
+                    minibatch.backward(online_dpo_loss(run, minibatch, batch))
+    return run.evaluation
 
 
-class Pairs(NamedTuple):
-    """Rows of a rollout, P pairs of one prompt each."""
-
-    chosen: Tensor  # (P,)
-    rejected: Tensor  # (P,)
-    ties: int  # prompts whose completions were compared, and neither was better
-
-
-def best_and_worst(scores: Scores, group_size: int) -> Pairs:
-    """Of each group of completions the best and the worst, the first of several, unless all score alike."""
-    total, valid = scores.total.view(-1, group_size), scores.valid.view(-1, group_size)
-    best = total.masked_fill(~valid, -torch.inf).max(-1)
-    worst = total.masked_fill(~valid, torch.inf).min(-1)
-    compared, differ = valid.sum(-1) > 1, best.values > worst.values
-    firsts, told = torch.arange(len(total)) * group_size, compared & differ
-    return Pairs((firsts + best.indices)[told], (firsts + worst.indices)[told], ties=int((compared & ~differ).sum()))
-
-
-def judged_pairs(verdicts: Verdicts) -> Pairs:
-    """Of each two completions the better and the other one, unless there is no verdict."""
-    firsts, second = torch.arange(len(verdicts.valid)) * 2, verdicts.second.long()
-    chosen, rejected = firsts + second, firsts + 1 - second
-    return Pairs(chosen[verdicts.valid], rejected[verdicts.valid], ties=int((~verdicts.valid).sum()))
-
-
-def ask(judge: Judge, rollout: Rollout, examples: list[Example], *seed: str | int) -> Verdicts:
-    """On the two completions of each prompt, in a rollout of two a prompt."""
-    firsts, seconds = rollout.completions[::2], rollout.completions[1::2]
-    return in_random_order(judge, *seed)(rollout.prompts[::2], firsts, seconds, [one.record.row for one in examples])
-
-
-def side_by_side(first: Rollout, second: Rollout) -> Rollout:
-    """Two completions of each prompt from two rollouts of one a prompt."""
-    width = max(first.logprobs.shape[1], second.logprobs.shape[1])
-    padded = [F.pad(each.logprobs, (0, width - each.logprobs.shape[1])) for each in (first, second)]
-    return Rollout(
-        prompts=[prompt for prompt in first.prompts for _ in (1, 2)],
-        completions=[each for both in zip(first.completions, second.completions, strict=True) for each in both],
-        logprobs=torch.stack(padded, 1).flatten(0, 1),
-        finished=torch.stack([first.finished, second.finished], 1).flatten(),
-        group_size=2,
-    )
-
-
-def by_side(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Rows of chosen, rejected, chosen, rejected, ... by the names that `preference_loss` has for them."""
-    return dict(
-        chosen_logprobs=logprobs[0::2],
-        rejected_logprobs=logprobs[1::2],
-        chosen_mask=mask[0::2],
-        rejected_mask=mask[1::2],
-        ref_chosen_logprobs=ref_logprobs[0::2],
-        ref_rejected_logprobs=ref_logprobs[1::2],
-    )
-
-
-def evaluate_judged(
-    policy: nn.Module,
-    reference: nn.Module,
-    tokenizer: Any,
-    judge: Judge,
-    examples: list[Example],
-    config: OnlineDPOConfig,
-) -> dict[str, float]:
-    """How often a completion of the policy is judged better than one of the reference, a tie being half, and the KL."""
-    ours = act(policy, tokenizer, examples, config, "evaluation")
-    theirs = act(reference, tokenizer, examples, config, "evaluation of the reference")
-    verdicts = ask(judge, side_by_side(ours, theirs), examples, config.seed, "judge of the evaluation")
+def evaluate(run: OnlineDPORun) -> Metrics:
+    """Return the mean score and the KL of the policy or, with a judge, how often its completion is judged better than
+    one of the reference, a tie being half, and the KL."""
+    config = run.config
+    if config.judge is None:
+        return score_and_kl(run)
+    judge = load_judge(config.judge, run.tokenizer, timeout=config.reward_timeout)
+    ours = run.sample(run.policy, run.eval_examples, "evaluation")
+    theirs = run.sample(reference_of(run), run.eval_examples, "evaluation of the reference")
+    both = interleave(ours, theirs)
+    verdicts = compare_by_judge(judge, both, run.eval_examples, config.seed, "judge of the evaluation")
     wins = torch.where(verdicts.valid, (~verdicts.second).float(), 0.5)
-    ref_logprobs = recall(ours, config, lambda batch: policy_forward(reference, batch, config)).logprobs
-    mask = ours.pack().completion_mask.to(ref_logprobs.device)
-    kl = sequence_kl(ours.logprobs.to(ref_logprobs.device) - ref_logprobs, mask)
+    ours = run.with_ref_logprobs(ours)
+    kl = sequence_kl(ours.logprobs - ours.ref_logprobs, ours.completion_mask)
     return {"eval_win_rate": wins.mean().item(), "eval_kl": kl}
+
+
+# -------------------------------------------------------------------------------------------------- sample and compare
+
+
+def reference_of(run: OnlineDPORun) -> PreTrainedModel:
+    """Return the reference, which samples until the same tokens as the policy."""
+    assert run.reference is not None
+    run.reference.generation_config = run.policy.generation_config
+    return run.reference
+
+
+def sample_completions(run: OnlineDPORun, step: RolloutStep) -> Experience:
+    """Return the completions of a step with the reference's log-probs, and log the policy's KL.
+
+    With XPO the even rows are the policy's and the odd ones the reference's.
+    """
+    config, n = run.config, 1 if run.config.explores else run.config.num_generations
+    experience = run.sample(run.policy, step.rows, "rollout", step.number, n=n)
+    if config.explores:
+        experience = interleave(experience, run.sample(reference_of(run), step.rows, "reference", step.number))
+    experience = run.with_ref_logprobs(experience)
+    kl = experience.logprobs - experience.ref_logprobs
+    step.log_kl(kl[config.own_rows], experience.completion_mask[config.own_rows])
+    return experience
+
+
+def compare_scores(run: OnlineDPORun, step: RolloutStep, experience: Experience) -> tuple[Experience, Tensor, int]:
+    """Score the completions and return their pairs, see `best_and_worst`. Log the scores of the policy's own
+    completions as the reward gave them."""
+    experience, metrics = run.score(experience, step.rows, own=run.config.own_rows)
+    step.metrics.set(metrics)
+    experience = run.scores.exclude_truncated(run.shape_scores(experience))
+    return experience, *best_and_worst(experience)
+
+
+def log_comparison(
+    run: OnlineDPORun,
+    step: RolloutStep,
+    experience: Experience,
+    pairs: Tensor,
+    ties: int,
+) -> None:
+    """Log the numbers of pairs and ties; with a judge the policy's lengths, with XPO how often the policy won."""
+    step.metrics.set({"kept": len(pairs) / len(step.rows), "ties": ties, "skipped": int(len(pairs) == 0)})
+    if run.config.judge is not None:
+        lengths, finished = experience.lengths[run.config.own_rows], experience.finished[run.config.own_rows]
+        mean_length = int(lengths.sum()) / len(lengths)
+        step.metrics.set({"length": mean_length, "eos_rate": finished.float().mean().item()})
+    if run.config.explores and len(pairs):
+        step.metrics.set({"win_rate": (pairs[:, 0] % 2 == 0).float().mean().item()})
+
+
+# ------------------------------------------------------------------------------------------------------------ the loss
+
+
+def online_dpo_loss(run: OnlineDPORun, minibatch: Minibatch, batch: Experience) -> Tensor:
+    """Return a micro-batch's part of the minibatch's loss, the mean over pairs, and log its metrics.
+
+    The rows are chosen, rejected, chosen, rejected, ...
+    """
+    config, num_pairs, total = run.config, len(batch) // 2, minibatch.completions // 2
+    logprobs = run.forward(run.policy, batch).logprobs
+    pairs = Pairs.interleaved(logprobs, batch.mask, ref_logprobs=batch.ref_logprobs)
+    chosen_tokens = minibatch.experience.mask[minibatch.rows[0::2]].sum()
+    loss, stats = compute_loss(pairs, config, total, chosen_tokens)
+    if config.xpo_alpha is not None:
+        explored = logprobs[(batch.rows % 2 == 1).to(run.device)].sum()
+        loss = loss + config.xpo_alpha * explored / total
+        stats["explored_logprob"] = explored / num_pairs
+    minibatch.log({"loss": loss * total / num_pairs, **stats}, num_pairs)
+    return loss
+
+
+def compute_loss(
+    pairs: Pairs, config: OnlineDPOConfig, normalizer: float | None = None, token_normalizer: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return `preference_loss` with the settings of the job."""
+    return preference_loss(
+        config.loss,
+        pairs,
+        beta=config.beta,
+        label_smoothing=config.label_smoothing,
+        normalizer=normalizer,
+        token_normalizer=token_normalizer,
+        **config.options,
+    )

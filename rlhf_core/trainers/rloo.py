@@ -1,185 +1,146 @@
-"""RLOO, REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv:2402.14740): no critic, and no credit token by token.
+"""RLOO, REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv:2402.14740): no critic, and no credit per token.
 
-A completion is one action. Its reward is its score less the price of leaving the reference, and what the others of its
-prompt were paid on average is its baseline:
+A completion is one action. Its reward is its score minus the KL penalty, and its baseline is the mean reward of the
+other completions of its prompt:
 
-    1. act      a group of completions for each prompt
-    2. score    R = score - kl_coef * log(policy / reference), summed over the completion's tokens
+    1. sample   a group of completions for each prompt
+    2. score    R = score - kl.coef * log(policy / reference), summed over the completion's tokens
     3. credit   A = R - mean of the other R of its group
-    4. improve  -A log policy(completion), its ratio clipped as in PPO where a rollout serves for more than one update
+    4. improve  -A log policy(completion), with PPO's clipped ratio where a rollout is used for several updates
 
-With kl_estimator="full" the KL is not estimated from the sampled tokens but summed exactly over the vocabulary, at each
-token's state s: R = score - kl_coef * sum over t of KL(s_t). That R depends on the weights even where the completion
-does not, so the gradient of its mean has two parts, both without bias, the second to be added to the loss:
+With kl.estimator="full" the KL is not estimated from the sampled tokens but summed exactly over the vocabulary, at each
+token's state s: R = score - kl.coef * sum over t of KL(s_t). This R depends on the weights even for a fixed completion,
+so the gradient of its mean has two parts, both unbiased; the second is added to the loss:
 
-    grad E[R] = E[(R - baseline) grad log policy(completion)] - kl_coef * E[sum over t of grad KL(s_t)]
+    grad E[R] = E[(R - baseline) grad log policy(completion)] - kl.coef * E[sum over t of grad KL(s_t)]
 
 The ratio is that of the whole completion, the product of its tokens' ratios, so `ratio_max`, `clip_fraction` and
-`approx_kl` are gauges of completions.
+`approx_kl` are metrics of completions.
 
-The KL is in the reward, so a group whose scores are all equal still moves, by its price alone; `flat_groups` counts
-them. A completion that the reward gave no score (None) is in nobody's baseline and in no loss; `excluded` counts those.
+The KL is part of the reward, so a group of equal scores still has a gradient, from its KL alone; `flat_groups` counts
+them. A completion without a score (None) is excluded from all baselines and from the loss; `excluded` counts those.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import ClassVar
 
-import torch
+from torch import Tensor
 
-from rlhf_core.batch import PackedBatch
-from rlhf_core.config import PolicyGradientConfig, require
-from rlhf_core.data.loader import count_steps, step_examples
+from rlhf_core.config import AtLeastTwo, KLConfig, PolicyGradientConfig, PositiveFloat, require
 from rlhf_core.losses.policy import policy_loss
-from rlhf_core.models.forward import PolicyOutputs, device_of
-from rlhf_core.models.load import save_model
+from rlhf_core.models.forward import PolicyOutputs
 from rlhf_core.ops.advantages import rloo_advantages
 from rlhf_core.ops.kl import kl_penalty
 from rlhf_core.ops.masked import masked_aggregate, masked_mean
-from rlhf_core.rollout.recorded import Recorded, behaviour, engine_weights
-from rlhf_core.rollout.steps import (
-    act,
-    charge_unfinished,
-    evaluate_held_out,
-    first_epoch,
-    flat_groups,
-    group_minibatches,
-    load_actors,
-    policy_forward,
-    recall,
-    rollout_gauges,
-    say_how_it_samples,
-    score,
-    sequence_kl,
-)
-from rlhf_core.training.metrics import Averages
-from rlhf_core.training.optim import build_optimizer, optimizer_step
-from rlhf_core.training.run import Run, claim_folder
+from rlhf_core.rollout.experience import Experience, flat_groups
+from rlhf_core.rollout.online import Minibatch, OnlineRun, RolloutStep
+from rlhf_core.training.metrics import Metrics
+
+RLOORun = OnlineRun["RLOOConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RLOOConfig(PolicyGradientConfig):
     """Improve a policy against a reward without a critic: the other completions of a prompt are the baseline."""
 
-    num_generations: int = 4
-    """Completions to a prompt, each other's baseline."""
+    job: ClassVar[str] = "rloo"
+    common: ClassVar[tuple[str, ...]] = (*PolicyGradientConfig.common, "num_generations")
+    kl_choices: ClassVar = {"apply_to": ("reward",), "estimator": ("k1", "full"), "ratio": (False,), "stop": (None,)}
+
+    num_generations: AtLeastTwo = 4
+    """Completions per prompt, each other's baseline."""
     batch_size: int = 16
-    """Prompts to a rollout."""
+    """Prompts per rollout."""
     minibatch_size: int = 64
-    """Completions to an optimizer step, in whole groups."""
-    rollout_epochs: int = 1
-    """Passes over each rollout."""
-    kl_coef: float = 0.05
-    """Price of one nat of KL to the reference, taken from the reward."""
-    kl_estimator: Literal["k1", "full"] = "k1"
-    """How KL is measured: from the sampled tokens, or in full, exactly, over the vocabulary at each token. The full KL
-    is a loss as well, because a reward cannot tell a token what its own distribution costs."""
-    missing_eos_penalty: float = 0.0
-    """Taken from the score of a completion that was cut off."""
-    clip: float = 0.2
-    """The clipping range of a completion's ratio, for updates after a rollout's first."""
+    """Completions per optimizer step, in whole groups."""
+    kl: KLConfig = KLConfig()
+    """The KL penalty. With estimator=full it is also a term of the loss, because its dependence on the weights at each
+    state is not part of the policy gradient."""
+    clip: PositiveFloat = 0.2
+    """Clipping range of a completion's ratio, for updates after a rollout's first."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.num_generations > 1, "num_generations", self.num_generations, "2 or more, to have a baseline")
-        require(
-            self.minibatch_size % self.num_generations == 0,
-            "minibatch_size",
-            self.minibatch_size,
-            f"a multiple of num_generations={self.num_generations}, because a group stays together",
-        )
-        whole = self.importance != "token"
-        require(whole, "importance", "token", "none or sequence, because a completion is one action")
-        for field in ("rollout_epochs", "clip"):
-            require(getattr(self, field) > 0, field, getattr(self, field), "more than 0")
-        for field in ("kl_coef", "missing_eos_penalty"):
-            require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
+        expected = "none or sequence, because a completion is one action"
+        require(self.importance != "token", "importance", "token", expected)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the KL is computed over the whole vocabulary."""
+        return self.kl.estimator == "full" and self.kl.active
 
 
-def train(config: RLOOConfig) -> dict[str, float]:
-    """Run to the end; the policy is saved in `config.output`. Returns the last evaluation's metrics."""
-    claim_folder(config)
-    torch.manual_seed(config.seed)
-    policy, tokenizer, reference, reward, examples, held_out = load_actors(config)
-    optimizer = build_optimizer([policy], config.optim)
-    total_steps = count_steps(len(examples), config.batch_size, config.epochs, config.max_steps)
-    size, device = config.num_generations, device_of(policy)
-    whole_groups = dict(group_size=size, size=config.minibatch_size, seed=config.seed)
-    micro_size = config.micro_batch_size or config.minibatch_size
-    exact = config.kl_estimator == "full"
-    recorded = Recorded("off" if exact else config.recorded)  # the exact KL asks a forward, which tells the rest
-    evaluation: dict[str, float] = {}
-
-    def ask(batch: PackedBatch) -> PolicyOutputs:
-        """What there is to know before the updates."""
-        return policy_forward(policy, batch, config, reference=reference if exact else None)
-
-    held = dict(modules={"policy": policy}, optimizer=optimizer, controllers={"recorded": recorded})
-    write = partial(save_model, model=policy, tokenizer=tokenizer)
-    with Run("rloo", config, total_steps, **held, write=write) as run:
-        say_how_it_samples(run, policy)
+def train(config: RLOOConfig) -> Metrics:
+    """Train and save the policy in `config.output`. Return the metrics of the last evaluation."""
+    with OnlineRun(config, uses_reference=config.kl.active, needs_forward=config.exact) as run:
+        forward = partial(run.forward, run.policy, reference=run.reference if config.exact else None)
         for step in run.steps():
-            rows = step_examples(examples, config.batch_size, seed=config.seed, step=step)
-
-            # 1. act and 2. score.
-            rollout = act(policy, tokenizer, rows, config, "rollout", step, n=size)
-            scores = score(reward, rollout, rows)
-            metrics = rollout_gauges(rollout, scores)
-            scores = charge_unfinished(scores, rollout, config.missing_eos_penalty)
-            mask, valid = rollout.pack().completion_mask.to(device), scores.valid.to(device)
-            order = group_minibatches(scores.valid, epochs=config.rollout_epochs, step=step, **whole_groups)
-            batches = first_epoch(order, micro_size)
-            old = behaviour(rollout, config, ask, batches, recorded, run, whole=True)
-            logprobs = ref_logprobs = old.logprobs.to(device)  # where the exact KL is paid nobody looks at the latter
-            if not exact:
-                about_reference = partial(policy_forward, reference, config=config)
-                ref_logprobs = recall(rollout, config, about_reference, batches).logprobs
-            price = dict(kl_coef=config.kl_coef, estimator=config.kl_estimator, kl=old.kl, with_loss=exact)
-            rewards, kl = kl_penalty(scores.total.to(device), logprobs, ref_logprobs, mask, **price)
+            # 1. sample and 2. score
+            experience = run.scores.exclude_truncated(run.shape_scores(step.rollout(n=config.num_generations)))
+            step.metrics.set({"flat_groups": int(flat_groups(experience).sum())})
 
             # 3. credit
-            advantages = rloo_advantages(rewards.sum(-1), group_size=size, valid=valid)
+            plan = step.plan(experience)
+            experience = run.with_logprobs(experience, plan, forward, whole_completions=True)
+            if not config.exact:
+                experience = run.with_ref_logprobs(experience, plan)
+            experience = replace(experience, advantages=advantages(run, step, experience))
 
             # 4. improve
-            averages, ratios = Averages(), []
-            for minibatch in order:
-                tokens = mask[minibatch].sum()
-                for part in minibatch.split(micro_size):
-                    batch = rollout.pack(part.tolist(), width=mask.shape[1])
-                    new = policy_forward(policy, batch, config, entropy=True, reference=reference if exact else None)
-                    weights = engine_weights(logprobs[part], rollout, part, mask[part], config)
-                    policy_term, stats = policy_loss(
-                        new_logprobs=new.logprobs.sum(-1, keepdim=True),
-                        logprobs=logprobs[part].sum(-1, keepdim=True),
-                        advantages=advantages[part],
-                        mask=valid[part, None],
-                        weights=None if weights is None else weights[:, :1],
-                        clip=config.clip,
-                        normalizer=len(minibatch),
-                    )
-                    share, losses = len(part) / len(minibatch), {"policy_loss": policy_term}
-                    if exact:  # what the completion's states cost by themselves, whatever its tokens are paid
-                        kl_term = masked_aggregate(new.kl, mask[part], "sequence_sum", normalizer=len(minibatch))
-                        losses["kl_loss"] = config.kl_coef * kl_term
-                    sum(losses.values()).backward()
-                    ratios.append(stats.pop("ratio_max"))
-                    if weights is not None:
-                        stats["engine_weight"] = weights[:, 0].mean()
-                    averages.add(stats | {name: loss / share for name, loss in losses.items()}, share)
-                    averages.add({"entropy": masked_mean(new.entropy, mask[part])}, mask[part].sum() / tokens)
-                averages.add(optimizer_step(optimizer, config.optim, step, total_steps))
+            for minibatch in step.minibatches(experience, plan):
+                for batch in minibatch.micro_batches():
+                    new = forward(batch, entropy=True)
+                    minibatch.backward(rloo_loss(run, minibatch, batch, new))
+    return run.evaluation
 
-            metrics |= {
-                "flat_groups": int(flat_groups(scores, size).sum()),
-                "kl": sequence_kl(kl, mask & valid[:, None]),
-            }
-            if ratios:
-                metrics |= averages.means() | {"ratio_max": torch.stack(ratios).max().item()}
-            if held_out and run.evaluate_now(step):
-                evaluation = evaluate_held_out(policy, reference, tokenizer, reward, held_out, config)
-                metrics |= evaluation
-            run.log(step, metrics, show=("score", "kl", "entropy"))
-        run.save(summary=evaluation)
-    return evaluation
+
+def advantages(run: RLOORun, step: RolloutStep, experience: Experience) -> Tensor:
+    """Return (B,) advantages: each completion's reward, its score minus the KL penalty, minus the mean reward of the
+    others of its group. Log the KL."""
+    config = run.config
+    rewards = experience.scores
+    if run.reference is not None:
+        # With the exact KL, the reference's log-probs of the sampled tokens are not used.
+        ref_logprobs = experience.logprobs if config.exact else experience.ref_logprobs
+        token_rewards, kl = kl_penalty(
+            experience.scores,
+            experience.logprobs,
+            ref_logprobs,
+            experience.completion_mask,
+            kl_coef=run.kl.kl_coef,
+            estimator=config.kl.estimator,
+            kl=experience.exact_kl,
+            with_loss=config.exact,
+        )
+        step.log_kl(kl, experience.mask)
+        rewards = token_rewards.sum(-1)
+    return rloo_advantages(rewards, group_size=config.num_generations, valid=experience.takes_part)
+
+
+def rloo_loss(run: RLOORun, minibatch: Minibatch, batch: Experience, new: PolicyOutputs) -> Tensor:
+    """Return a micro-batch's part of the minibatch's loss, the mean over completions, and log its metrics."""
+    weights, share = minibatch.importance(batch), len(batch) / minibatch.completions
+    loss, stats = policy_loss(
+        new_logprobs=new.logprobs.sum(-1, keepdim=True),
+        logprobs=batch.logprobs.sum(-1, keepdim=True),
+        advantages=batch.advantages,
+        mask=batch.takes_part[:, None],
+        weights=None if weights is None else weights[:, :1],
+        clip=run.config.clip,
+        normalizer=minibatch.completions,
+    )
+    stats["policy_loss"] = loss / share
+    if run.config.exact:  # the part of the gradient through KL(s_t) itself
+        assert new.kl is not None
+        kl = masked_aggregate(new.kl, batch.mask, "sequence_sum", normalizer=minibatch.completions)
+        stats["kl_loss"] = run.kl.kl_coef * kl / share
+        loss = loss + run.kl.kl_coef * kl
+    if weights is not None:
+        stats["engine_weight"] = weights[:, 0].mean()
+    minibatch.log(stats, share)
+    assert new.entropy is not None
+    minibatch.log({"entropy": masked_mean(new.entropy, batch.mask)}, minibatch.share(batch))
+    return loss

@@ -1,161 +1,162 @@
-"""Supervised fine-tuning: make the completions likely.
+"""Supervised fine-tuning: maximise the likelihood of completions.
 
-    rows -> tokens -> PackedBatch -> log-probs -> negative log-likelihood a token -> AdamW
+    rows -> tokens -> PackedBatch -> log-probs -> negative log-likelihood per token -> AdamW
 
-The loss is on completions only (for plain text, on everything; of several turns, on those that are to be learned). It
-is a mean over all tokens of the optimizer step, each weighing what its row weighs:
+The loss covers completions only (for plain text all tokens; for conversations the assistant turns that are selected).
+It is a mean over all tokens of the optimizer step, each weighted by its row:
 
     sum over rows i, tokens t of   weight_i * loss_it   /   sum over rows i, tokens t of   weight_i
 
-so micro-batches of any size give the same step.
+so the step does not depend on the size of micro-batches.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from rlhf_core.batch import PackedBatch
-from rlhf_core.config import DataConfig, RunConfig, require
-from rlhf_core.data.loader import Steps, accounts, load_examples, pack_rows, split_rows
-from rlhf_core.data.tokenize import Example
+from rlhf_core.config import DataConfig, LabelSmoothing, NonNegativeFloat, RunConfig, require
+from rlhf_core.data.records import Example
 from rlhf_core.losses.sft import sft_loss
-from rlhf_core.models.forward import PolicyOutputs, find_route, policy_outputs, summed_loss
-from rlhf_core.models.load import load_policy, save_model
+from rlhf_core.models.forward import policy_outputs, summed_loss
 from rlhf_core.models.noise import noisy_embeddings
-from rlhf_core.models.routers import router_loss
-from rlhf_core.rollout.sampling import evaluating
 from rlhf_core.seeding import generator
-from rlhf_core.training.metrics import Averages
-from rlhf_core.training.optim import build_optimizer, optimizer_step
-from rlhf_core.training.run import Run, claim_folder
+from rlhf_core.training.metrics import Metrics, StepMetrics
+from rlhf_core.training.offline import MicroBatch, OfflineRun, OfflineStep
+
+SFTRun = OfflineRun["SFTConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig(RunConfig):
     """Fine-tune a causal language model on prompts with completions, conversations or plain text."""
 
-    eval_data: DataConfig | None = None
-    """Held-out rows; their loss and how often the likeliest token is the right one are logged as eval_nll, ..."""
-    loss: Literal["nll", "dft"] = "nll"
-    """Each token's negative log-likelihood, or dft: times the token's own probability, so that a token which the model
-    finds unlikely does not pull harder than others (Wu et al. 2025)."""
-    label_smoothing: float = 0.0
-    """Share of the target that is spread evenly over the vocabulary."""
-    neftune_alpha: float = 0.0
-    """Size of the noise that is added to token embeddings in training (Jain et al. 2023); 5 is usual, 0 is none."""
-    router_aux_coef: float = 0.0
-    """Weight of the loss that keeps the experts of a mixture busy alike; 0 is none."""
+    job: ClassVar[str] = "sft"
 
-    def __post_init__(self):
+    eval_data: DataConfig | None = None
+    """Evaluation rows; their loss and token accuracy are logged as eval_nll, eval_accuracy, ..."""
+    loss: Literal["nll", "dft"] = "nll"
+    """Loss per token: the negative log-likelihood, or dft: multiplied by the token's own probability, so that unlikely
+    tokens do not dominate the gradient (Wu et al. 2025)."""
+    label_smoothing: LabelSmoothing = 0.0
+    """Probability mass of the target that is spread evenly over the vocabulary."""
+    neftune_alpha: NonNegativeFloat = 0.0
+    """Scale of the noise added to token embeddings in training (Jain et al. 2023); 5 is usual, 0 adds none."""
+    router_aux_coef: NonNegativeFloat = 0.0
+    """Coefficient of the load-balancing loss of a mixture of experts; 0 leaves it out."""
+
+    def __post_init__(self) -> None:
         super().__post_init__()
         smoothing = self.label_smoothing
-        require(0 <= smoothing < 0.5, "label_smoothing", smoothing, "0 <= label_smoothing < 0.5")
         require(self.loss == "nll" or smoothing == 0, "label_smoothing", smoothing, "0 with loss='dft'")
-        for field in ("neftune_alpha", "router_aux_coef"):
-            require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
 
 
-def train(config: SFTConfig) -> dict[str, float]:
-    """Run to the end; the model is saved in `config.output`. Returns the last evaluation's metrics."""
-    claim_folder(config)
-    torch.manual_seed(config.seed)
-    options = dict(lora=config.lora, quantize=config.quantize, seed=config.seed, **config.model.options())
-    policy, tokenizer = load_policy(config.model.path, device=config.device, **options)
-    examples = load_examples(config.data, tokenizer, need="supervised", model=policy)
-    held_out = load_examples(config.eval_data, tokenizer, need="supervised", model=policy) if config.eval_data else []
-    optimizer = build_optimizer([policy], config.optim)
-    steps = Steps(examples, config)
-    evaluation: dict[str, float] = {}
-    write = partial(save_model, model=policy, tokenizer=tokenizer)
-    kept = dict(modules={"policy": policy}, optimizer=optimizer, write=write, about={"data": accounts(examples)})
-    with Run("sft", config, steps.total, **kept) as run:
-        find_route(policy, config.model.layout)  # its probe is neither to be noisy nor to be watched
+def train(config: SFTConfig) -> Metrics:
+    """Train and save the model in `config.output`. Return the metrics of the last evaluation."""
+    with OfflineRun(config, need="supervised", evaluate=evaluate, show=("nll", "eval_nll", "lr")) as run:
         for step in run.steps():
-            rows = steps.rows(step)
-            place = {id(row): number for number, row in enumerate(rows)}
-            whole, averages = weight_of(rows), Averages()
-            for part in split_rows(rows, config):
-                batch, share = pack_rows(part), len(part) / len(rows)
-                noise = [generator(config.seed, "neftune", step, place[id(row)]) for row in part]
-                noisy = noisy_embeddings(policy, batch, config.neftune_alpha, noise, layout=config.model.layout)
-                with noisy, router_loss(policy, config.router_aux_coef) as router:
-                    loss, logprobs = weighted_loss(policy, batch, part, config, normalizer=whole)
-                (loss + router.term(share)).backward()
-                _, stats = sft_loss(logprobs, batch.loss_mask.to(logprobs.device))
-                averages.add({"loss": loss / share}, weight=share)
-                averages.add(stats, weight=batch.num_supervised_tokens)
-                if config.router_aux_coef:
-                    averages.add({"router_loss": router.value}, weight=share)
-            metrics = averages.means() | optimizer_step(optimizer, config.optim, step, steps.total)
-            metrics["tokens"] = sum(map(supervised_tokens, rows))
-            if held_out and run.evaluate_now(step):
-                evaluation = evaluate(policy, held_out, config)
-                metrics |= evaluation
-            run.log(step, metrics, show=("nll", "eval_nll", "lr"))
-        run.save(summary={name: evaluation[name] for name in ("eval_nll",) if name in evaluation})
-    return evaluation
+            normalizer = step.total(weighted_tokens)
+            for batch in step.micro_batches():
+                with embedding_noise(run, step, batch):
+                    loss, logprobs = training_loss(run, step, batch, normalizer)
+                step.backward(loss)
+                _, stats = sft_loss(logprobs, batch.packed.loss_mask.to(run.device))
+                step.metrics.mean(stats, weight=batch.packed.num_supervised_tokens)
+            step.metrics.sum({"tokens": sum(map(supervised_tokens, step.rows))})
+    return run.evaluation
 
 
-def weighted_loss(
-    policy: Any, batch: PackedBatch, rows: Sequence[Example], config: SFTConfig, *, normalizer: float
-) -> tuple[Tensor, Tensor]:
-    """What these rows add to the step's loss, and their log-probs, (B, T) without gradient."""
-    layout = config.model.layout
+def training_loss(run: SFTRun, step: OfflineStep, batch: MicroBatch, normalizer: float) -> tuple[Tensor, Tensor]:
+    """Return this micro-batch's part of the loss, and its log-probs, (B, T) without gradient.
+
+    The gradient of the LM head is computed block by block and never stored; label smoothing needs the whole forward.
+    """
+    config, router = run.config, run.config.router_aux_coef > 0
     if config.label_smoothing:
-        outputs = policy_outputs(policy, batch, mean_logprob=True, layout=layout)
-        return loss_of(outputs, batch, rows, config, normalizer=normalizer)[0], outputs.logprobs.detach()
-    weights = torch.tensor([row.weight for row in rows])
-    weighed = partial(sft_loss, normalizer=normalizer, dft=config.loss == "dft")
-    return summed_loss(policy, batch, weighed, weights=weights, layout=layout)
+        outputs = policy_outputs(run.policy, batch.packed, mean_logprob=True, router_loss=router)
+        loss, _ = token_loss(
+            outputs.logprobs,
+            batch.packed.loss_mask.to(run.device),
+            weights=batch.row_weights(run.device)[:, None],
+            normalizer=normalizer,
+            config=config,
+            mean_logprobs=outputs.mean_logprob,
+        )
+        logprobs, balance = outputs.logprobs.detach(), outputs.router_loss
+    else:
+        loss_of = partial(token_loss, normalizer=normalizer, config=config)
+        weights = batch.row_weights()
+        loss, logprobs, balance = summed_loss(run.policy, batch.packed, loss_of, weights=weights, router_loss=router)
+    step.metrics.mean({"loss": loss / batch.share}, weight=batch.share)
+    if balance is not None:
+        step.metrics.mean({"router_loss": balance}, weight=batch.share)
+        loss = loss + config.router_aux_coef * batch.share * balance
+    return loss, logprobs
 
 
-def loss_of(
-    outputs: PolicyOutputs, batch: PackedBatch, rows: Sequence[Example], config: SFTConfig, *, normalizer: float
+def token_loss(
+    logprobs: Tensor,
+    mask: Tensor,
+    *,
+    weights: Tensor,
+    normalizer: float,
+    config: SFTConfig,
+    mean_logprobs: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same from a forward that is there, and the stats of `sft_loss`."""
-    device = outputs.logprobs.device
+    """Return `sft_loss` with the settings of the job, in training and in evaluation."""
     return sft_loss(
-        outputs.logprobs,
-        batch.loss_mask.to(device),
+        logprobs,
+        mask,
         normalizer=normalizer,
-        weights=torch.tensor([row.weight for row in rows], device=device)[:, None],
+        weights=weights,
         dft=config.loss == "dft",
         label_smoothing=config.label_smoothing,
-        vocab_mean_logprobs=outputs.mean_logprob,
+        vocab_mean_logprobs=mean_logprobs,
     )
 
 
+def evaluate(run: SFTRun) -> Metrics:
+    """Return metrics of the evaluation rows: `eval_loss` as in training, but without noise; `eval_nll` in nats per
+    token, unweighted; `eval_perplexity`, its exponential; `eval_accuracy`, how often the argmax is the right token."""
+    metrics, config = StepMetrics(), run.config
+    with run.evaluation_batch() as rows:
+        normalizer = rows.total(weighted_tokens)
+        for batch in rows.micro_batches():
+            outputs = policy_outputs(run.policy, batch.packed, mean_logprob=config.label_smoothing > 0, is_argmax=True)
+            assert outputs.is_argmax is not None
+            mask = batch.packed.loss_mask.to(run.device)
+            loss, stats = token_loss(
+                outputs.logprobs,
+                mask,
+                weights=batch.row_weights(run.device)[:, None],
+                normalizer=normalizer,
+                config=config,
+                mean_logprobs=outputs.mean_logprob,
+            )
+            stats["accuracy"] = outputs.is_argmax[mask].float().mean()
+            metrics.mean({"loss": loss / batch.share}, weight=batch.share)
+            metrics.mean(stats, weight=batch.packed.num_supervised_tokens)
+    means = metrics.read()
+    means["perplexity"] = math.exp(min(means["nll"], 700.0))  # exp(710) overflows
+    return {f"eval_{name}": value for name, value in means.items()}
+
+
+def embedding_noise(run: SFTRun, step: OfflineStep, batch: MicroBatch) -> AbstractContextManager[None]:
+    """Add NEFTune's noise inside; each row's noise does not depend on the rows it is packed with."""
+    noise = [generator(run.config.seed, "neftune", step.number, place) for place in batch.places]
+    return noisy_embeddings(run.policy, batch.packed, run.config.neftune_alpha, noise)
+
+
 def supervised_tokens(row: Example) -> int:
-    """Tokens of a row that are to be learned."""
+    """Return the number of tokens of a row that the loss covers."""
     return len(row.completions[0]) if row.supervised is None else sum(row.supervised[0])
 
 
-def weight_of(rows: Iterable[Example]) -> float:
-    """The weights of all tokens of these rows together."""
-    return math.fsum(row.weight * supervised_tokens(row) for row in rows)
-
-
-@torch.no_grad()
-def evaluate(policy: Any, examples: Sequence[Example], config: SFTConfig) -> dict[str, float]:
-    """Over held-out rows: `eval_loss` as in training, but for noise; `eval_nll`, in nats a token, weights aside;
-    `eval_perplexity`, its exponential; `eval_accuracy`, how often the likeliest token is the right one."""
-    averages, whole = Averages(), weight_of(examples)
-    asked = dict(mean_logprob=config.label_smoothing > 0, likeliest=True, layout=config.model.layout)
-    with evaluating(policy):
-        for part in split_rows(examples, config):
-            batch, share = pack_rows(part), len(part) / len(examples)
-            outputs = policy_outputs(policy, batch, **asked)
-            loss, stats = loss_of(outputs, batch, part, config, normalizer=whole)
-            right = outputs.likeliest[batch.loss_mask.to(outputs.likeliest.device)]
-            averages.add({"loss": loss / share}, weight=share)
-            averages.add(stats | {"accuracy": right.float().mean()}, weight=batch.num_supervised_tokens)
-    means = averages.means()
-    means["perplexity"] = math.exp(min(means["nll"], 700.0))  # e^710 is more than a float holds
-    return {f"eval_{name}": value for name, value in means.items()}
+def weighted_tokens(row: Example) -> float:
+    """Return the number of supervised tokens of a row, times its weight."""
+    return row.weight * supervised_tokens(row)

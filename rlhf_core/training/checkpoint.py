@@ -1,10 +1,10 @@
-"""Checkpoints: a directory a step, whole or not there at all.
+"""Checkpoints: one directory per step, written atomically.
 
     checkpoints/step-000120/{policy.safetensors, ..., optimizer.safetensors, config.json, state.json, manifest.json}
 
 Everything is written to a temporary name, each file and the directory flushed to disk, the manifest (sizes, sha256,
-versions) last, and then the directory is renamed. Reading verifies against the manifest, skips what is damaged with the
-reason, and takes the newest that is whole. Tensors are safetensors, the rest is JSON: nothing is pickled.
+versions) last, and then the directory is renamed. Reading verifies the manifest, skips damaged checkpoints with the
+reason, and takes the newest valid one. Tensors are safetensors, the rest is JSON: nothing is pickled.
 """
 
 from __future__ import annotations
@@ -39,13 +39,16 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write `root/step-NNNNNN` and drop all but the last `keep` up to it. Returns the new directory.
+    """Write `root/step-NNNNNN` and delete all but the last `keep` checkpoints up to it. Return the new directory.
 
-    `config` says what the run was started with (its sha256 is in the manifest), `state` what the objects remember.
+    Args:
+        config: the settings of the run. state: the state of controllers and other objects.
+
+    Raises OSError if it could not be written.
     """
     root.mkdir(parents=True, exist_ok=True)
     final, temporary = root / f"step-{step:06d}", root / f"step-{step:06d}.tmp-{os.getpid()}"
-    for abandoned in root.glob("step-*.tmp-*"):  # by a process that was killed while it saved
+    for abandoned in root.glob("step-*.tmp-*"):  # left by a process that was killed while saving
         shutil.rmtree(abandoned, ignore_errors=True)
     try:
         temporary.mkdir()
@@ -60,7 +63,7 @@ def save_checkpoint(
         for path in temporary.iterdir():
             _fsync(path)
         _fsync(temporary)
-        if final.exists():  # a damaged one of the same step: a whole one would have been resumed from
+        if final.exists():  # a damaged one of the same step: the run would have resumed from a valid one
             shutil.rmtree(final)
         temporary.rename(final)
         _fsync(root)
@@ -68,14 +71,14 @@ def save_checkpoint(
         raise OSError(f"{final} could not be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    # Any with a later step are damaged, or this run would have gone on from them; they must not push this one out.
+    # Checkpoints of later steps are damaged, or this run would have resumed from them; they must not displace this one.
     for old in [path for number, path in _numbered(root) if number <= step][:-keep]:
         shutil.rmtree(old)
     return final
 
 
 def newest_checkpoint(root: Path) -> Path | None:
-    """The newest checkpoint that verifies; each one skipped is reported with the reason."""
+    """Return the newest valid checkpoint, None if there is none. Log each one skipped with the reason."""
     for _, path in reversed(_numbered(root)):
         fault = find_fault(path)
         if fault is None:
@@ -85,7 +88,7 @@ def newest_checkpoint(root: Path) -> Path | None:
 
 
 def find_fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint, None if it is whole."""
+    """Return what is wrong with a checkpoint, None if it is valid."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         if manifest["schema"] != SCHEMA:
@@ -94,30 +97,32 @@ def find_fault(path: Path) -> str | None:
             if not (path / name).is_file():
                 return f"{name} is missing"
             if _describe(path / name) != expected:
-                return f"{name} is not what was written (size or checksum differs)"
+                return f"{name} differs from what was written (size or checksum)"
     except (OSError, ValueError) as error:
         return f"it cannot be read ({error})"
     except (KeyError, TypeError, AttributeError):
-        return "its manifest is not one"
+        return "its manifest is not valid"
     return None
 
 
 def _numbered(root: Path) -> list[tuple[int, Path]]:
-    """(step, directory) of every checkpoint, whole or not, in order of their steps."""
+    """Return (step, directory) of every checkpoint, valid or not, ordered by step."""
     return sorted((int(number), path) for path in root.glob("step-*") if (number := path.name[5:]).isdecimal())
 
 
 def load_checkpoint(
     path: Path, *, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Restore modules and optimizer in place and return the saved state."""
+    """Restore modules and optimizer in place. Return the saved state."""
     for name, module in modules.items():
         _load_module(module, path / f"{name}.safetensors")
     _unflatten(optimizer, load_file(path / "optimizer.safetensors"))
-    return json.loads((path / "state.json").read_text())
+    state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    return state
 
 
 def versions() -> dict[str, str]:
+    """Return the installed versions of the libraries that results depend on."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
@@ -130,7 +135,7 @@ def versions() -> dict[str, str]:
 
 
 def _save_module(module: nn.Module, file: Path) -> None:
-    """All of it, or its adapter alone: the rest of such a model does not change, and is where it was read from."""
+    """Write all weights, or only the adapter's: the rest of such a model does not change."""
     if adapter_of(module) is None:
         save_model(module, str(file))
     else:
@@ -145,7 +150,7 @@ def _load_module(module: nn.Module, file: Path) -> None:
 
 
 def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """{"parameter number.name": tensor}; the groups' settings come from the config and are not saved."""
+    """Return {"parameter number.name": tensor}. Settings of the groups come from the config and are not saved."""
     state = optimizer.state_dict()["state"]
     return {f"{number}.{name}": value for number, entry in state.items() for name, value in entry.items()}
 

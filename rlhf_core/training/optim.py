@@ -12,7 +12,7 @@ from rlhf_core.config import OptimConfig
 
 
 def build_optimizer(modules: Iterable[nn.Module], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over every trainable parameter. Weight decay touches matrices only, never biases and norms."""
+    """Return AdamW over every trainable parameter. Weight decay applies to matrices only, not to biases and norms."""
     parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -23,7 +23,7 @@ def build_optimizer(modules: Iterable[nn.Module], config: OptimConfig) -> torch.
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
-    """The rate of step 1, 2, ..., total_steps: a linear rise over the warm-up, then the schedule."""
+    """Return the learning rate of step 1, 2, ..., total_steps: a linear warm-up, then the schedule."""
     warmup = round(config.warmup_ratio * total_steps)
     if step <= warmup:
         return config.lr * step / warmup
@@ -38,9 +38,9 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 def optimizer_step(
     optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, total_steps: int
 ) -> dict[str, float]:
-    """Clip, step and clear the gradients; returns `grad_norm` (before clipping) and `lr`.
+    """Clip the gradients, make the optimizer step and clear them. Return `grad_norm` (before clipping) and `lr`.
 
-    A norm that is not finite means the step is not taken: one such batch must not write NaN into every weight.
+    With a norm that is not finite no step is made: one such batch must not write NaN into every weight.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     max_norm = float("inf") if config.max_grad_norm is None else config.max_grad_norm

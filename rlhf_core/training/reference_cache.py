@@ -1,7 +1,7 @@
 """The reference's log-probs of a fixed data set, computed once instead of at every step.
 
-A frozen reference says the same of an example each time it is asked. `cached_logprobs` asks once, before the first
-step, keeps the answers in a file, and finds them there again when a run resumes or another one shares the folder.
+A frozen reference gives the same log-probs for an example every time. `cached_logprobs` computes them before the first
+step and keeps them in a file, where a resumed run, or another run that shares the folder, finds them.
 """
 
 from __future__ import annotations
@@ -14,47 +14,49 @@ from array import array
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from rlhf_core.data.loader import micro_batches
-from rlhf_core.data.tokenize import Example
+from rlhf_core.data.records import Example
 from rlhf_core.models.adapters import about_adapter
-from rlhf_core.models.forward import Layout, device_of, token_logprobs
+from rlhf_core.models.forward import device_of, route_of, token_logprobs
 from rlhf_core.training.checkpoint import versions
 
 logger = logging.getLogger("rlhf_core.training")
 
 
 class ReferenceLogprobs:
-    """Log-probs under the reference of every completion token of some examples, found again by their token ids."""
+    """Log-probs under the reference of every completion token of some examples, looked up by their token ids."""
 
     def __init__(self, keys: Sequence[bytes], parts: Sequence[Tensor]):
         self._of = dict(zip(keys, parts, strict=True))
 
     def of(self, examples: Sequence[Example]) -> Tensor:
-        """(M,) in the order of a batch packed from these examples, which are among those it was made of."""
+        """Return (M,) log-probs in the order of a batch packed from these examples."""
         return torch.cat([self._of[example_key(example)] for example in examples])
 
 
 def cached_logprobs(
-    reference: nn.Module, *sets: Sequence[Example], folder: Path, batch_size: int, layout: Layout = "auto"
+    reference: PreTrainedModel, *sets: Sequence[Example], folder: Path, batch_size: int
 ) -> ReferenceLogprobs:
-    """The reference's log-probs of all examples, from `folder` where the very same ones are there, else computed.
+    """Return the reference's log-probs of all examples, from `folder` if they are there, computed otherwise.
 
-    What is the same is told by a key: the reference's weights and settings, every token id of the examples (so the
-    data, the tokenizer, its template and the longest length), the layout, and the versions of what computes. A setting
-    of the loss is no part of it. Examples are taken in their own order, `batch_size` at a time, so that a resumed run
-    that computes them again has them bit for bit. No example is kept.
+    They are identified by a key: the reference's weights and settings, every token id of the examples (and so the
+    data, the tokenizer, its template and the maximum length), the layout, and the versions of the libraries. Settings
+    of the loss are not part of it. Examples are processed in their own order, `batch_size` at a time, so that a resumed
+    run computes them bit for bit. The examples themselves are not kept.
     """
-    key = cache_key(reference, *sets, layout=layout)
+    key = cache_key(reference, *sets)
     path = folder / f"{key[:16]}.safetensors"
     flat = _read(path, key)
     if flat is None:
-        flat = _compute(reference, sets, batch_size=batch_size, layout=layout)
+        flat = _compute(reference, sets, batch_size=batch_size)
         _write(path, key, flat)
     keys, lengths = [], []
     for example in chain(*sets):
@@ -64,20 +66,20 @@ def cached_logprobs(
 
 
 def example_key(example: Example) -> bytes:
-    """A digest of an example's token ids, prompt and completions apart. Examples of the same ids share one."""
+    """Return a digest of an example's token ids, of prompt and completions separately."""
     digest = hashlib.blake2b(digest_size=16)
     for ids in (example.prompt, *example.completions):
         digest.update(array("q", [len(ids), *ids]).tobytes())
     return digest.digest()
 
 
-def cache_key(reference: nn.Module, *sets: Sequence[Example], layout: Layout) -> str:
-    """sha256 of everything that these log-probs follow from."""
+def cache_key(reference: PreTrainedModel, *sets: Sequence[Example]) -> str:
+    """Return the sha256 of everything that these log-probs depend on."""
     digest = hashlib.sha256()
     about = {
         "config": reference.config.to_dict(),
         "adapter": about_adapter(reference),
-        "layout": layout,
+        "layout": route_of(reference).layout,
         "device": device_of(reference).type,
         "versions": versions(),
     }
@@ -91,11 +93,11 @@ def cache_key(reference: nn.Module, *sets: Sequence[Example], layout: Layout) ->
 
 
 @torch.no_grad()
-def _compute(reference: nn.Module, sets: Sequence[Sequence[Example]], *, batch_size: int, layout: Layout) -> Tensor:
+def _compute(reference: PreTrainedModel, sets: Sequence[Sequence[Example]], *, batch_size: int) -> Tensor:
     parts = []
-    for rows in _batched(chain(*sets), batch_size):  # a batch at a time: all of them packed would be held at once
+    for rows in _batched(chain(*sets), batch_size):  # one batch at a time, so that only one is in memory
         (batch,) = micro_batches(rows, None)
-        parts.append(token_logprobs(reference, batch, layout=layout)[batch.completion_mask.to(device_of(reference))])
+        parts.append(token_logprobs(reference, batch)[batch.completion_mask.to(device_of(reference))])
     return torch.cat(parts)
 
 
@@ -105,7 +107,7 @@ def _batched(examples: Iterator[Example], size: int) -> Iterator[list[Example]]:
 
 
 def _read(path: Path, key: str) -> Tensor | None:
-    """None where there is no file, or none that can be used."""
+    """Return None if there is no file, or none that can be used."""
     try:
         with safe_open(str(path), "pt") as file:
             flat, about = file.get_tensor("logprobs"), file.metadata() or {}
@@ -115,13 +117,13 @@ def _read(path: Path, key: str) -> Tensor | None:
         logger.warning("%s is computed again: it cannot be read (%s)", path, error)
         return None
     if about != {"key": key, "sha256": _checksum(flat)}:
-        logger.warning("%s is computed again: it is not what was written", path)
+        logger.warning("%s is computed again: its checksum differs", path)
         return None
-    return flat
+    return cast(Tensor, flat)
 
 
 def _write(path: Path, key: str, flat: Tensor) -> None:
-    """Whole or not at all: another run may read it while this one writes."""
+    """Write the file atomically: another run may read it at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".tmp-{os.getpid()}")
     flat = flat.cpu().contiguous()
@@ -130,4 +132,4 @@ def _write(path: Path, key: str, flat: Tensor) -> None:
 
 
 def _checksum(flat: Tensor) -> str:
-    return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()

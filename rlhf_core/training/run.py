@@ -1,50 +1,55 @@
-"""A run's life: its folder, its progress bar, its metrics, its checkpoints, and how it ends.
+"""The life of a training run: folder, seed, kernels, optimizer, metrics, checkpoints, signals, evaluation and its end.
 
-with Run("dpo", config, total_steps, modules={"policy": policy}, optimizer=optimizer) as run:
-    for step in run.steps():
-        ...
-        run.log(step, {"loss": loss, ...}, show=("loss", "accuracy", "margin"))
-    run.save(lambda folder: save_model(folder, policy, tokenizer))
+    with Run(config, total_steps=100) as run:
+        run.add_model("policy", model, write=lambda folder: save_model(folder, model, tokenizer))
+        for step in run.steps():
+            step.backward(loss)
+            step.metrics.mean({"loss": loss})
 
-With `write=` given to Run, what it writes into a folder is what `run.save()` saves, and what keep_best keeps. What is
-in `about=` is kept in run.json.
+A run has two phases. Inside `with`, models and states are loaded and added. The first call of `steps()` then builds the
+optimizer, resumes from the newest checkpoint, and yields the steps. A step ends when the loop asks for the next one:
+gradients are clipped, the optimizer steps, evaluation runs when due, metrics are written; then a checkpoint is saved
+when due, or the run stops if it was asked to. After the last step the model is saved. An exception ends the run without
+any of this.
+
+Runs that load a model and rows of data: `training/offline.py`. Runs that sample from the policy: `rollout/online.py`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import FrameType, TracebackType
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
-from rlhf_core.config import ConfigError, DataConfig, RunConfig, did_you_mean, to_dict
-from rlhf_core.models.adapters import base_of
-from rlhf_core.models.load import default_device
-from rlhf_core.ops.logprobs import require_kernels, use_kernels
+from rlhf_core.config import ConfigError, ReferenceConfig, RunConfig, to_dict
+from rlhf_core.ops.logprobs import use_kernels
 from rlhf_core.seeding import generator
 from rlhf_core.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, versions
-from rlhf_core.training.metrics import MetricWriter
+from rlhf_core.training.folder import ABOUT, SETTINGS, BestModel, WriteModel, claim_folder, write_model_files
+from rlhf_core.training.metrics import Metrics, MetricWriter, StepMetrics
+from rlhf_core.training.optim import build_optimizer, optimizer_step
+from rlhf_core.training.reference import require_same_shape, update_reference
 
-SETTINGS, ABOUT = "run.yaml", "run.json"
-BEST, BEST_ABOUT = "best", "best.json"
-_LESS_IS_BETTER = ("loss", "nll", "kl", "error", "perplexity")
+C = TypeVar("C", bound=RunConfig)
 
-# Settings that a resumed run may change: they do not touch what is learned.
+# Settings that a resumed run may change: they do not affect the result.
 _FREE_TO_CHANGE = {"output", "resume", "overwrite", "device", "progress", "tensorboard", "eval_every"}
 _FREE_TO_CHANGE |= {"save_every", "keep_checkpoints"}
-_FREE_IN_DATA = ("data.cache", "data.preview")  # of eval_data and others too
+_FREE_IN_DATA = ("data.cache", "data.preview")  # also of eval_data and others
 _MAX_BAD_STEPS = 5
 
 
@@ -53,42 +58,221 @@ class Interrupted(KeyboardInterrupt):
 
 
 class NonFiniteError(FloatingPointError):
-    """Raised when step after step has a gradient that is not finite."""
+    """Raised when several steps in a row have a gradient that is not finite."""
 
 
-class Run:
-    """See the module's own example. `controllers` are other objects with state_dict and load_state_dict of numbers."""
+class State(Protocol):
+    """An object whose state, plain numbers, is part of a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+S = TypeVar("S", bound=State)
+M = TypeVar("M", bound=nn.Module)
+Convert = Callable[[Metrics], Metrics]
+StepType = TypeVar("StepType", bound="Step")
+
+
+class Run(Generic[C]):
+    """See the module's docstring for an example.
+
+    Args:
+        config: settings; `config.job` names the job in messages and files.
+        total_steps: number of steps; subclasses compute it from their data.
+        evaluate: called as evaluate(run) when an evaluation is due; returns its metrics.
+        show: names of the metrics on the progress bar and in the last message.
+
+    Attributes:
+        evaluation: metrics of the last evaluation. last_step: number of finished steps.
+        reference: a model that follows the policy as `config.reference` says, None if there is none.
+    """
+
+    policy: PreTrainedModel
+    optimizer: torch.optim.Optimizer
 
     def __init__(
         self,
-        job: str,
-        config: RunConfig,
-        total_steps: int,
+        config: C,
         *,
-        modules: Mapping[str, nn.Module],
-        optimizer: torch.optim.Optimizer,
-        controllers: Mapping[str, Any] | None = None,
-        write: Callable[[Path], None] | None = None,
-        about: Mapping[str, Any] | None = None,
+        total_steps: int = 0,
+        evaluate: Callable[[Any], Metrics] | None = None,
+        show: Sequence[str] = (),
     ):
-        if config.keep_best is not None and write is None:
-            raise ConfigError(f"keep_best={config.keep_best!r}: expected none, for {job} keeps the last model alone")
-        self.job, self.config, self.total_steps = job, config, total_steps
-        self.folder = Path(config.output)
-        self._modules, self._optimizer, self._controllers = modules, optimizer, controllers or {}
-        self._write, self._best, self._about = write, None, about or {}
+        self.config, self.job, self.folder = config, config.job, Path(config.output)
+        self.total_steps, self.last_step = total_steps, 0
+        self.evaluation: Metrics = {}
+        self.reference: PreTrainedModel | None = None
+        self.states: dict[str, State] = {}
+        self._evaluate, self._show = evaluate, show
+        self._models: dict[str, nn.Module] = {}
+        self._trained: list[nn.Module] = []
+        self._writers: list[WriteModel] = []
+        self._about: dict[str, Any] = {}
+        self._bar: tqdm[Any] | None = None
         self._stop_signal: int | None = None
+        self._stop_requested = self._begun = self._complete = False
         self._bad_steps = 0
-        self.last_step = 0
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> Self:
+        claim_folder(self.config)
         self._started = time.monotonic()
-        self.last_step = self._resume() if self.config.resume else 0  # also moves _started
-        self._find_best()
-        if self.last_step == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            stack.enter_context(use_kernels(self.config.kernels))
+            torch.manual_seed(self.config.seed)
+            self.load()
+            self._on_exit = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._on_exit.close()
+        if error is None and self._begun and not self._complete:
+            raise RuntimeError(
+                f"{self.job}: the loop left run.steps() in step {self.last_step + 1} of {self.total_steps}, before the "
+                "step was finished and the model saved. Call run.stop() and finish the step instead of break"
+            )
+
+    # ---------------------------------------------------------------------------------- inside `with`, before the steps
+
+    def load(self) -> None:
+        """Load models and data; called on entering. Subclasses override it."""
+
+    def add_model(self, name: str, model: M, *, trained: bool = True, write: WriteModel | None = None) -> M:
+        """Add a model to the checkpoints; the optimizer updates it if `trained`. `write` saves it at the end."""
+        self._models[name] = model
+        if trained:
+            self._trained.append(model)
+        if write is not None:
+            self._writers.append(write)
+        return model
+
+    def add_reference(self, model: PreTrainedModel, settings: ReferenceConfig) -> None:
+        """Set the run's reference. One that moves is part of the checkpoints and is updated after every step.
+
+        Raises ConfigError for a moving reference whose weights do not match the policy's.
+        """
+        self.reference, self._reference_settings = model, settings
+        if settings.update != "none":
+            require_same_shape(model, self.policy, settings)
+            self.add_model("reference", model, trained=False)
+
+    def add_state(self, name: str, state: S) -> S:
+        """Add an object with state_dict and load_state_dict to the checkpoints."""
+        self.states[name] = state
+        return state
+
+    def note(self, about: Mapping[str, Any]) -> None:
+        """Add facts about the run to its run.json."""
+        self._about.update(about)
+
+    # ------------------------------------------------------------------------------------------------------- the steps
+
+    def steps(self) -> Iterator[Step]:
+        """Yield the steps from where the run stands to its end. Each is finished when the next one is asked for."""
+        return self.iterate(lambda number: Step(self, number))
+
+    def iterate(self, make_step: Callable[[int], StepType]) -> Iterator[StepType]:
+        """Yield `make_step(number)` for each step, with everything that happens between steps."""
+        self._begin()
+        while self.last_step < self.total_steps and not self._stop_requested:
+            number = self.last_step + 1
+            # Layers that draw from torch's global generator, such as an adapter's dropout, repeat in a resumed run.
+            torch.manual_seed(generator(self.config.seed, "step", number).initial_seed())
+            step = make_step(number)
+            yield step
+            step.finish()
+            self.last_step = number
+            self._progress.update()
+            due = self.config.save_every and number % self.config.save_every == 0
+            if self._stop_signal is not None:
+                self._interrupt(self._save_checkpoint())
+            if due:
+                self._save_checkpoint()
+        self._save_models()
+        self._complete = True
+
+    def stop(self) -> None:
+        """End the run after the current step, as if it were the last one: evaluate, and save the model."""
+        self._stop_requested = True
+
+    def before_steps(self) -> None:
+        """Do what comes before the first step, after a checkpoint was read. Subclasses override it."""
+
+    def update_weights(self, number: int) -> Metrics:
+        """Clip the gradients, step the optimizer at this step's learning rate, and clear the gradients."""
+        return optimizer_step(self.optimizer, self.config.optim, number, self.total_steps)
+
+    def discard_gradients(self) -> None:
+        """Clear the gradients without an optimizer step."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def finish_step(self, number: int, metrics: Metrics) -> Metrics:
+        """Evaluate when due, write the metrics, and update a moving reference. Return all metrics."""
+        if self._evaluate is not None and self.evaluation_due(number) and self.has_evaluation_data:
+            self.evaluation = self._evaluate(self)
+            metrics = metrics | self.evaluation
+        self.log(number, metrics)
+        if self.reference is not None:
+            update_reference(self.reference, self.policy, number, self._reference_settings)
+        return metrics
+
+    @property
+    def has_evaluation_data(self) -> bool:
+        """Whether there is something to evaluate on."""
+        return True
+
+    def evaluation_due(self, number: int) -> bool:
+        """Return whether an evaluation belongs to this step."""
+        every = self.config.eval_every
+        return number == self.total_steps or self._stop_requested or (every > 0 and number % every == 0)
+
+    def log(self, number: int, metrics: Metrics) -> None:
+        """Write the metrics of a step, show some of them, and keep the model if it is the best so far.
+
+        Raises NonFiniteError after several steps in a row whose gradient was not finite.
+        """
+        metrics = {**metrics, "seconds": round(time.monotonic() - self._started, 3)}
+        self._writer.write(number, metrics)
+        if self.evaluation_due(number):
+            self._best.update(number, metrics)
+        shown = {name: f"{metrics[name]:.4g}" for name in self._show if name in metrics}
+        if shown:
+            self._progress.set_postfix(shown, refresh=False)
+        if "grad_norm" in metrics:
+            self._bad_steps = 0 if math.isfinite(metrics["grad_norm"]) else self._bad_steps + 1
+            if self._bad_steps == _MAX_BAD_STEPS:
+                raise NonFiniteError(
+                    f"{self.job}: a gradient was not finite in each of the last {_MAX_BAD_STEPS} steps (to {number}); "
+                    f"such a gradient changes no weight. See {self._writer.path}; a lower optim.lr is the usual cure."
+                )
+
+    def message(self, text: str) -> None:
+        """Print a line to stderr without breaking the progress bar."""
+        if self.config.progress:
+            tqdm.write(text, file=sys.stderr)
+
+    # ---------------------------------------------------------------------------------------------------------- inside
+
+    @property
+    def _progress(self) -> tqdm[Any]:
+        assert self._bar is not None
+        return self._bar
+
+    def _begin(self) -> None:
+        """Build the optimizer, resume, open the files, and take over the signals."""
+        if self.config.keep_best is not None and not self._writers:
+            raise ConfigError(f"keep_best={self.config.keep_best!r}: expected none, for {self.job} saves no model")
+        self.optimizer = build_optimizer(self._trained, self.config.optim)
+        self.last_step = self._resume() if self.config.resume else 0
+        resumed = self.last_step > 0
+        self._best = BestModel(self.folder, self.config.keep_best, self._write_models, resumed=resumed)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._write_about()
         self._writer = MetricWriter(self.folder, tensorboard=self.config.tensorboard, resume_at=self.last_step)
+        self._on_exit.callback(self._writer.close)
         self._bar = tqdm(
             total=self.total_steps,
             initial=self.last_step,
@@ -96,130 +280,14 @@ class Run:
             unit="step",
             disable=not self.config.progress,
             dynamic_ncols=True,
-            mininterval=0.2 if sys.stderr.isatty() else 20,  # a log file gets a line now and then, not every step
+            mininterval=0.2 if sys.stderr.isatty() else 20,  # a line now and then in a log file, not every step
         )
-        self._old_handlers = {}
+        self._on_exit.callback(self._bar.close)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._old_handlers[number] = signal.signal(number, self._on_signal)
-        self._kernels = use_kernels(self.config.kernels)
-        self._kernels.__enter__()
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        self._kernels.__exit__(None, None, None)
-        for number, handler in self._old_handlers.items():
-            signal.signal(number, handler)
-        self._bar.close()
-        self._writer.close()
-
-    def steps(self) -> Iterator[int]:
-        """Step numbers from where the run stands to the end; between two of them, checkpoints and interruptions."""
-        while self.last_step < self.total_steps:
-            # What draws from torch's own numbers, an adapter's dropout, draws the same in a resumed run.
-            torch.manual_seed(generator(self.config.seed, "step", self.last_step + 1).initial_seed())
-            yield self.last_step + 1
-            self.last_step += 1
-            self._bar.update()
-            due = self.config.save_every and self.last_step % self.config.save_every == 0
-            if self._stop_signal is not None:
-                self._interrupt(self._save_checkpoint())
-            if due:
-                self._save_checkpoint()
-
-    def evaluate_now(self, step: int) -> bool:
-        every = self.config.eval_every
-        return step == self.total_steps or (every > 0 and step % every == 0)
-
-    def log(self, step: int, metrics: dict[str, Any], *, show: tuple[str, ...] = ()) -> None:
-        """Write the metrics of a step and show the few that matter. Counts steps whose gradient is not finite."""
-        metrics = {**metrics, "seconds": round(time.monotonic() - self._started, 3)}
-        self._writer.write(step, metrics)
-        if self.config.keep_best is not None and self.evaluate_now(step):
-            self._keep_if_best(step, metrics)
-        if show:
-            self._bar.set_postfix({name: f"{metrics[name]:.4g}" for name in show if name in metrics}, refresh=False)
-        if "grad_norm" in metrics:
-            self._bad_steps = 0 if math.isfinite(metrics["grad_norm"]) else self._bad_steps + 1
-            if self._bad_steps == _MAX_BAD_STEPS:
-                raise NonFiniteError(
-                    f"{self.job}: a gradient was not finite in each of the last {_MAX_BAD_STEPS} steps (to {step}); "
-                    f"such a gradient changes no weight. See {self._writer.path}; a lower optim.lr is the usual cure."
-                )
-
-    def say(self, text: str) -> None:
-        """Print a line without breaking the bar."""
-        if self.config.progress:
-            self._bar.write(text, file=sys.stderr)
-
-    def save(self, write: Callable[[Path], None] | None = None, summary: Mapping[str, float] | None = None) -> None:
-        """Write the trained model into the run's folder, no file of it by halves, and say the last word."""
-        write = write or self._write
-        temporary = self.folder / ".saving"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        write(temporary)
-        for path in temporary.iterdir():
-            target = self.folder / path.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            path.replace(target)
-        temporary.rmdir()
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in (summary or {}).items())
-        seconds = time.monotonic() - self._started
-        self._bar.close()
-        if self.config.progress:
-            print(
-                f"{self.job}: {self.total_steps} steps in {seconds:.0f} s{'; ' + numbers if numbers else ''}\n"
-                f"{self.job}: the model is in {self.folder}{self._say_best()}",
-                file=sys.stderr,
-            )
-
-    # --------------------------------------------------------------------------------------------------- the best one
-
-    def _find_best(self) -> None:
-        """What an earlier part of this run found best. What another run left there is no business of this one.
-
-        A model may be from a later step than the checkpoint that a crashed run goes on from: the steps between are
-        done again to the bit, so it is theirs.
-        """
-        best, older = self.folder / BEST, self.folder / f".{BEST}-old"
-        if self.last_step == 0:
-            shutil.rmtree(best, ignore_errors=True)
-        elif older.exists() and not best.exists():  # killed between two renames
-            older.replace(best)
-        shutil.rmtree(older, ignore_errors=True)
-        if (best / BEST_ABOUT).exists():
-            self._best = json.loads((best / BEST_ABOUT).read_text())
-
-    def _keep_if_best(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Write the model as it is now into output/best, if no evaluation before was as good. NaN is never good."""
-        name = self.config.keep_best
-        if name not in metrics:
-            known = [each for each in metrics if each.startswith("eval_")]
-            hint = did_you_mean(name, known)
-            raise ConfigError(f"keep_best={name!r}: expected one of {', '.join(sorted(known))}{hint}")
-        value, sign = metrics[name], -1 if any(part in name for part in _LESS_IS_BETTER) else 1
-        if not math.isfinite(value) or (self._best is not None and sign * value <= sign * self._best["value"]):
-            return
-        self._best = {"gauge": name, "value": value, "step": step}
-        best, older, temporary = (self.folder / each for each in (BEST, f".{BEST}-old", f".{BEST}"))
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        self._write(temporary)
-        (temporary / BEST_ABOUT).write_text(json.dumps(self._best, indent=2))
-        if best.exists():
-            best.replace(older)
-        temporary.replace(best)
-        shutil.rmtree(older, ignore_errors=True)
-
-    def _say_best(self) -> str:
-        if self._best is None:
-            return ""
-        text = "{gauge} {value:.4g} at step {step}".format(**self._best)
-        return f"\n{self.job}: the best one ({text}) is in {self.folder / BEST}"
-
-    # ------------------------------------------------------------------------------------------------------- inside
+                self._on_exit.callback(signal.signal, number, signal.signal(number, self._on_signal))
+        self._begun = True
+        self.before_steps()
 
     def _resume(self) -> int:
         checkpoint = newest_checkpoint(self.folder / "checkpoints")
@@ -232,11 +300,11 @@ class Run:
             raise ConfigError(
                 f"{name}={new!r}: the run in {self.folder} was started with {old!r}; a resumed run goes on as it began"
             )
-        state = load_checkpoint(checkpoint, modules=self._modules, optimizer=self._optimizer)
-        for name, controller in self._controllers.items():
-            controller.load_state_dict(state["controllers"][name])
+        state = load_checkpoint(checkpoint, modules=self._models, optimizer=self.optimizer)
+        for name, item in self.states.items():
+            item.load_state_dict(state["states"][name])
         self._started -= state["seconds"]
-        return state["step"]
+        return int(state["step"])
 
     def _fixed_settings(self) -> dict[str, Any]:
         settings = {name: value for name, value in to_dict(self.config).items() if name not in _FREE_TO_CHANGE}
@@ -246,12 +314,12 @@ class Run:
         return save_checkpoint(
             self.folder / "checkpoints",
             self.last_step,
-            modules=self._modules,
-            optimizer=self._optimizer,
+            modules=self._models,
+            optimizer=self.optimizer,
             config=self._fixed_settings(),
             state={
                 "seconds": time.monotonic() - self._started,
-                "controllers": {name: item.state_dict() for name, item in self._controllers.items()},
+                "states": {name: item.state_dict() for name, item in self.states.items()},
             },
             keep=self.config.keep_checkpoints,
         )
@@ -268,11 +336,31 @@ class Run:
         }
         (self.folder / ABOUT).write_text(json.dumps(about, indent=2))
 
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if self._stop_signal is not None:  # asked twice: stop now
+    def _write_models(self, folder: Path) -> None:
+        for write in self._writers:
+            write(folder)
+
+    def _save_models(self) -> None:
+        if not self._writers:
+            return
+        write_model_files(self.folder, self._write_models)
+        shown = {name: value for name, value in self.evaluation.items() if name in self._show} or self.evaluation
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        seconds = time.monotonic() - self._started
+        self._progress.close()
+        lines = [
+            f"{self.last_step} steps in {seconds:.0f} s{'; ' + numbers if numbers else ''}",
+            f"the model is in {self.folder}",
+            self._best.describe(),
+        ]
+        if self.config.progress:
+            print("\n".join(f"{self.job}: {line}" for line in lines if line is not None), file=sys.stderr)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._stop_signal is not None:  # the second signal stops at once
             raise KeyboardInterrupt
         self._stop_signal = number
-        self.say(f"{self.job}: finishing this step, then stopping (again to stop at once)")
+        self.message(f"{self.job}: finishing this step, then stopping (again to stop at once)")
 
     def _interrupt(self, checkpoint: Path) -> None:
         raise Interrupted(
@@ -281,43 +369,33 @@ class Run:
         )
 
 
-def claim_folder(config: RunConfig) -> None:
-    """Make sure, before any work is done, that the output folder may be written, and empty it if that was asked for.
+class Step:
+    """One optimizer step: gradients of its micro-batches, and its metrics."""
 
-    Raises ConfigError where it holds something and neither resume nor overwrite says what to do with it, and where
-    writing to it would destroy what no run has made or what this one is to read. A preview of the data writes nothing.
-    """
-    if any(isinstance(value, DataConfig) and value.preview for value in vars(config).values()):
-        return
-    try:
-        require_kernels(config.kernels, config.device or default_device())
-    except RuntimeError as error:
-        raise ConfigError(f"kernels={config.kernels!r}: {error}") from None
-    if config.tensorboard and find_spec("tensorboard") is None:
-        raise ConfigError("tensorboard=True: TensorBoard is missing; pip install 'rlhf-core[tensorboard]'")
-    folder = Path(config.output)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output={config.output!r}: a file is in the way")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not (config.resume or config.overwrite):
-        raise ConfigError(
-            f"output={config.output!r}: the folder is not empty. --resume continues its run, --overwrite starts anew"
-        )
-    groups = [value for value in vars(config).values() if getattr(value, "path", None)]
-    inputs = [path for value in groups for path in (value.paths() if isinstance(value, DataConfig) else [value.path])]
-    inputs += [base for path in inputs if Path(path).is_dir() and (base := base_of(path))]  # an adapter's model
-    for path in inputs:
-        if Path(path).exists() and folder.resolve() in [Path(path).resolve(), *Path(path).resolve().parents]:
-            raise ConfigError(f"output={config.output!r}: writing to it would destroy the input {path}")
-    if not (folder / ABOUT).exists():
-        raise ConfigError(f"output={config.output!r}: no run's folder (it has no {ABOUT}), so nothing in it is touched")
-    if config.overwrite:
-        shutil.rmtree(folder)
+    def __init__(self, run: Run[Any], number: int):
+        self.run, self.number = run, number
+        self.metrics = StepMetrics()
+        self._result: Metrics | None = None
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a micro-batch's part of the loss."""
+        loss.backward()
+
+    def update(self) -> Metrics:
+        """Make the optimizer step; return its metrics."""
+        return self.run.update_weights(self.number)
+
+    def finish(self, convert: Convert | None = None) -> Metrics:
+        """End the step, once; return its metrics, after `convert` was applied to them."""
+        if self._result is None:
+            self.metrics.set(self.update())
+            metrics = self.metrics.read()
+            self._result = self.run.finish_step(self.number, metrics if convert is None else convert(metrics))
+        return self._result
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], group: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted name, value before, value now) of every setting that changed."""
+    """Yield (dotted name, value before, value now) of every setting that changed."""
     for name, value in now.items():
         old = before.get(name)
         if isinstance(value, dict) and isinstance(old, dict):
