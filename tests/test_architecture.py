@@ -1,4 +1,4 @@
-"""The house keeps its shape: who may import whom, what an import costs, and that no function is written twice."""
+"""The structure of the code: layers, import circles, the cost of an import, and duplicated functions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,13 +18,13 @@ import rlhf_core
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A module imports its own floor or a lower one. `rlhf_core/__init__.py` is the front door: it reaches every floor, so
-# only the top floor may come in through it (and anyone may ask it for `__version__`).
-FLOORS = {
+# A module imports its own layer or a lower one. `rlhf_core/__init__.py` re-exports names from all layers, so only the
+# top layer may import it (and any module may import `__version__` from it).
+LAYERS = {
     "batch": 0, "config": 0, "plugins": 0, "seeding": 0,
     "ops": 1, "losses": 1,
     "data": 2, "models": 2, "control": 2,
-    "rollout": 3, "training": 3, "evaluation": 3, "feedback": 3,
+    "rollout": 3, "training": 3, "evaluation": 3,
     "trainers": 4, "report": 4, "demo": 4,
     "cli": 5, "__main__": 5, "__init__": 5,
 }  # fmt: skip
@@ -33,12 +34,12 @@ DISTRIBUTIONS = {"yaml": "pyyaml"}  # import name -> name in setup.cfg, where th
 
 
 class Import(NamedTuple):
-    """One import, with the dotted name it reaches: `from a.b import c` is `a.b.c`."""
+    """One import, with the dotted name that it reaches: `from a.b import c` is `a.b.c`."""
 
     file: Path
     line: int
     name: str
-    lazy: bool  # inside a function, so it costs nothing until the function is called
+    lazy: bool  # inside a function, so that it runs when the function is called
 
     @property
     def top(self) -> str:
@@ -48,8 +49,9 @@ class Import(NamedTuple):
         return f"{self.file}:{self.line} imports {self.name}"
 
 
-def imports_of(file: Path, root: Path) -> Iterator[Import]:
-    """Every import in a file, those inside functions and those by `import_module("a literal")` too."""
+@cache
+def imports_of(file: Path, root: Path) -> tuple[Import, ...]:
+    """Return every import in a file, including those in functions and those by `import_module("a literal")`."""
     package = [*file.relative_to(root).parent.parts]
 
     def visit(node: ast.AST, lazy: bool) -> Iterator[Import]:
@@ -70,7 +72,7 @@ def imports_of(file: Path, root: Path) -> Iterator[Import]:
         for child in ast.iter_child_nodes(node):
             yield from visit(child, inside)
 
-    yield from visit(ast.parse(file.read_text(), str(file)), False)
+    return tuple(visit(ast.parse(file.read_text(), str(file)), False))
 
 
 def package_imports(folder: Path, root: Path) -> Iterator[Import]:
@@ -78,30 +80,35 @@ def package_imports(folder: Path, root: Path) -> Iterator[Import]:
         yield from imports_of(file, root)
 
 
-def room_of(file: Path) -> str:
-    """`rlhf_core/ops/kl.py` -> `ops`; `rlhf_core/batch.py` -> `batch`."""
+def part_of(file: Path) -> str:
+    """Return the name in LAYERS of a file: `rlhf_core/ops/kl.py` -> `ops`; `rlhf_core/batch.py` -> `batch`."""
     return file.with_suffix("").parts[1]
 
 
-def floor_violations(root: Path) -> list[str]:
-    """What is wrong with the imports of `root/rlhf_core`, one line a fault."""
+def layer_violations(root: Path) -> list[str]:
+    """Return what is wrong with the imports of `root/rlhf_core`, one line each."""
     faults = []
     for file in sorted((root / "rlhf_core").rglob("*.py")):
-        room = room_of(file.relative_to(root))
-        if room not in FLOORS:
-            faults.append(f"{file}: {room!r} stands on no floor; give it one in {Path(__file__).name}")
+        part = part_of(file.relative_to(root))
+        if part not in LAYERS:
+            faults.append(f"{file}: {part!r} is in no layer; add it to LAYERS in {Path(__file__).name}")
             continue
         for found in imports_of(file, root):
             target = [*found.name.split("."), "__init__"][1]
-            target = target if target in FLOORS else "__init__"
+            target = target if target in LAYERS else "__init__"
             ours = found.top == "rlhf_core" and found.name != "rlhf_core.__version__"
-            if ours and FLOORS[target] > FLOORS[room]:
-                faults.append(f"{found}: {room} is on floor {FLOORS[room]}, {target} above it on {FLOORS[target]}")
+            if ours and LAYERS[target] > LAYERS[part]:
+                faults.append(f"{found}: {part} is in layer {LAYERS[part]}, {target} above it in {LAYERS[target]}")
     return faults
 
 
 def test_imports_go_down():
-    assert not floor_violations(ROOT)
+    assert not layer_violations(ROOT)
+
+
+def test_the_layers_are_of_what_exists():
+    parts = {part_of(file.relative_to(ROOT)) for file in (ROOT / "rlhf_core").rglob("*.py")}
+    assert parts == set(LAYERS)
 
 
 @pytest.mark.parametrize(
@@ -115,44 +122,125 @@ def test_imports_go_down():
         ("ops/kl.py", "import importlib\nimportlib.import_module('rlhf_core.cli')\n", "above it"),
         ("training/loop.py", "from rlhf_core.trainers import ppo\n", "above it"),
         ("batch.py", "from rlhf_core.ops import kl\n", "above it"),
+        ("config/groups.py", "from rlhf_core.data import loader\n", "above it"),
         ("data/rows.py", "from rlhf_core import preference_loss\n", "__init__ above it"),
         ("data/rows.py", "import rlhf_core\n", "__init__ above it"),
-        ("attic/x.py", "import torch\n", "no floor"),
+        ("attic/x.py", "import torch\n", "no layer"),
         ("ops/kl.py", "import torch\nfrom . import masked\nfrom ..batch import PackedBatch\n", None),
         ("ops/kl.py", "from rlhf_core import __version__\n", None),
         ("cli.py", "import rlhf_core\nfrom rlhf_core.trainers import ppo\n", None),
         ("__init__.py", "def f():\n    from rlhf_core.trainers import ppo\n", None),
     ],
 )
-def test_the_floor_checker_sees(tmp_path: Path, file: str, source: str, complaint: str | None):
-    path = tmp_path / "rlhf_core" / file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(source)
-    faults = floor_violations(tmp_path)
+def test_the_layer_checker_sees(tmp_path: Path, file: str, source: str, complaint: str | None):
+    write(tmp_path / "rlhf_core" / file, source)
+    faults = layer_violations(tmp_path)
     assert len(faults) == (complaint is not None), faults
     assert complaint is None or complaint in faults[0]
 
 
-@pytest.mark.parametrize("room", ["ops", "losses"])
-def test_the_maths_needs_torch_alone(room: str):
+def write(path: Path, source: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(source)
+
+
+def import_graph(package: Path) -> dict[Path, set[Path]]:
+    """Return, for each file of a package, the files of it that it imports: at module level, for type checkers, lazily.
+
+    That importing `a.b` also runs `a/__init__.py` is not an edge, nor is an import of `rlhf_core.__version__`.
+    """
+    root = package.parent
+    files = {file.relative_to(root) for file in package.rglob("*.py")}
+    graph: dict[Path, set[Path]] = {}
+    for file in files:
+        names = {found.name for found in imports_of(root / file, root)} - {"rlhf_core.__version__"}
+        graph[file] = {target for name in names if (target := file_of(name, files)) not in (None, file)}
+    return graph
+
+
+def file_of(name: str, files: set[Path]) -> Path | None:
+    """Return the file that a dotted name reaches: of the module, or else of the module that the name is taken from."""
+    parent, _, last = name.rpartition(".")
+    module = Path(*parent.split("."))
+    for file in (module / f"{last}.py", module / last / "__init__.py", Path(f"{module}.py"), module / "__init__.py"):
+        if file in files:
+            return file
+    return None
+
+
+def import_circles(graph: dict[Path, set[Path]]) -> list[str]:
+    """Return each set of files that reach one another, as one line with the names in alphabetical order."""
+    reachable = {}
+    for start in graph:
+        found, waiting = set(), [start]
+        while waiting:
+            new = graph[waiting.pop()] - found
+            found |= new
+            waiting += new
+        reachable[start] = found
+    circles = {
+        tuple(sorted(str(other) for other in reachable[file] if file in reachable[other]))
+        for file in graph
+        if file in reachable[file]
+    }
+    return [" <-> ".join(circle) for circle in sorted(circles)]
+
+
+@pytest.mark.parametrize("package", ["rlhf_core", "kernels/rlhf_kernels"])
+def test_no_import_circles(package: str):
+    assert import_circles(import_graph(ROOT / package)) == []
+
+
+@pytest.mark.parametrize(
+    ("sources", "circles"),
+    [
+        ({"a.py": "from p.b import f\n", "b.py": "import torch\n"}, []),
+        ({"a.py": "from p.b import f\n", "b.py": "def f():\n    from p import a\n"}, ["p/a.py <-> p/b.py"]),
+        ({"a.py": "import p.b\n", "b.py": "from . import c\n", "c.py": "from .a import g\n"}, ["a.py", "c.py"]),
+        ({"a.py": "from p.d import x\n", "d/__init__.py": "from p.d.x import x\n", "d/x.py": ""}, []),
+        ({"a.py": "", "d/__init__.py": "from p.d.x import x\n", "d/x.py": "from p.d import y\n"}, ["p/d/__init__.py"]),
+        (
+            {"a.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from p.b import B\n",
+             "b.py": "from p.a import A\n"},
+            ["p/a.py <-> p/b.py"],
+        ),
+    ],
+)  # fmt: skip
+def test_the_circle_checker_sees(tmp_path: Path, sources: dict[str, str], circles: list[str]):
+    for name, source in sources.items():
+        write(tmp_path / "p" / name, source)
+    found = import_circles(import_graph(tmp_path / "p"))
+    assert len(found) == bool(circles)
+    assert all(name in found[0] for name in circles)
+
+
+def test_no_trainer_imports_a_trainer():
+    for found in package_imports(ROOT / "rlhf_core/trainers", ROOT):
+        assert not found.name.startswith("rlhf_core.trainers"), found
+
+
+@pytest.mark.parametrize("part", ["ops", "losses"])
+def test_the_maths_needs_torch_alone(part: str):
     ours = ("rlhf_core.ops", "rlhf_core.losses")
-    allowed = {"torch"} | ({"rlhf_kernels"} if room == "ops" else set())
-    for found in package_imports(ROOT / "rlhf_core" / room, ROOT):
+    allowed = {"torch"} | ({"rlhf_kernels"} if part == "ops" else set())
+    for found in package_imports(ROOT / "rlhf_core" / part, ROOT):
         plain = found.top in sys.stdlib_module_names and found.top != "logging"
         assert plain or found.top in allowed or found.name.startswith(ours), found
-    for file in (ROOT / "rlhf_core" / room).glob("*.py"):
+    for file in (ROOT / "rlhf_core" / part).glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             bases = [ast.unparse(base) for base in node.bases] if isinstance(node, ast.ClassDef) else []
             assert not any(base.endswith("Module") for base in bases), f"{file}:{node.lineno} is an nn.Module"
 
 
 def test_configs_do_not_need_torch():
-    assert [str(found) for found in imports_of(ROOT / "rlhf_core/config.py", ROOT) if found.top == "torch"] == []
+    config = ROOT / "rlhf_core/config"
+    files = [*config.rglob("*.py")] or [config.with_suffix(".py")]
+    assert [str(found) for file in files for found in imports_of(file, ROOT) if found.top == "torch"] == []
 
 
 def test_only_ops_calls_the_kernels():
     for found in package_imports(ROOT / "rlhf_core", ROOT):
-        assert found.top != "rlhf_kernels" or room_of(found.file) == "ops", found
+        assert found.top != "rlhf_kernels" or part_of(found.file) == "ops", found
 
 
 def test_kernels_stand_alone():
@@ -163,8 +251,8 @@ def test_kernels_stand_alone():
 
 def test_transformers_begins_with_the_models():
     for found in package_imports(ROOT / "rlhf_core", ROOT):
-        room = room_of(found.file)
-        assert found.top != "transformers" or room in ("models", "data") or FLOORS.get(room, 0) > 2, found
+        part = part_of(found.file)
+        assert found.top != "transformers" or part in ("models", "data") or LAYERS.get(part, 0) > 2, found
 
 
 def test_trl_is_a_reference_and_never_a_part():
@@ -174,7 +262,7 @@ def test_trl_is_a_reference_and_never_a_part():
 
 
 def test_every_import_is_a_declared_dependency():
-    """What setup.cfg always installs may be imported anywhere; what an extra brings, only where it is used."""
+    """Packages of install_requires may be imported anywhere, those of an extra only lazily."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
 
@@ -214,17 +302,17 @@ def test_importing_rlhf_core_is_cheap():
     assert heavy.split() == []
 
 
-def test_the_front_door_opens_every_name():
-    """At run time (lazily) and for type checkers, to the same places."""
+def test_every_public_name_is_imported_from_its_module():
+    """At run time (lazily) and for type checkers, from the same modules."""
     for name in rlhf_core.__all__:
         assert getattr(rlhf_core, name) is not None
-    lazily = {f"{home}.{name}" for name, home in rlhf_core._HOMES.items()}
+    lazily = {f"{module}.{name}" for name, module in rlhf_core._HOMES.items()}
     for_checkers = {i.name for i in imports_of(ROOT / "rlhf_core/__init__.py", ROOT) if i.top == "rlhf_core"}
     assert lazily == for_checkers
 
 
-def test_importing_the_kernels_asks_for_neither_triton_nor_transformers():
-    """Not even to see whether they are there: the question alone may load them."""
+def test_importing_the_kernels_looks_for_neither_triton_nor_transformers():
+    """Not even whether they are installed: looking a package up may import its parents."""
     run_python(
         "import torch\n"
         "class Refuse:\n"
@@ -239,7 +327,7 @@ def test_importing_the_kernels_asks_for_neither_triton_nor_transformers():
 
 
 def functions_of(file: Path) -> Iterator[tuple[str, ast.FunctionDef]]:
-    """Functions, and methods as Class.method; not functions inside functions."""
+    """Yield functions, and methods as Class.method; not functions inside functions."""
 
     def visit(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.FunctionDef]]:
         for node in body:
@@ -251,8 +339,8 @@ def functions_of(file: Path) -> Iterator[tuple[str, ast.FunctionDef]]:
     yield from visit(ast.parse(file.read_text()).body, "")
 
 
-def test_public_functions_say_what_they_do():
-    """Functions, and the classes; methods that explain themselves by a class's docstring need none."""
+def test_public_functions_and_classes_have_docstrings():
+    """Methods need none where the docstring of their class explains them."""
     missing = []
     for name in DOCUMENTED:
         path = ROOT / "rlhf_core" / name
@@ -265,7 +353,7 @@ def test_public_functions_say_what_they_do():
 
 
 class Anonymous(ast.NodeTransformer):
-    """Renames a function's arguments and variables in order of appearance, so that a renamed copy is still a copy."""
+    """Rename a function's arguments and variables in order of appearance, so that a renamed copy is equal."""
 
     def __init__(self, function: ast.FunctionDef):
         stores = (n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
@@ -280,7 +368,7 @@ class Anonymous(ast.NodeTransformer):
 
 
 def copied_functions(folders: list[Path], at_least: int = 8) -> list[str]:
-    """Functions whose bodies of `at_least` lines (docstring and comments aside) are the same but for local names."""
+    """Return functions with equal bodies of `at_least` lines, up to local names, docstrings and comments."""
     places = defaultdict(list)
     for folder in folders:
         for file in sorted(folder.rglob("*.py")):
@@ -301,7 +389,7 @@ def test_no_function_is_written_twice():
 
 def test_the_copy_checker_sees_a_renamed_copy(tmp_path: Path):
     body = "".join(f"    {{y}} = {{x}} * {line} + offset\n    use({{y}})\n" for line in range(4))
-    first = "def f(x):\n    'Says something.'\n" + body.format(x="x", y="y")
+    first = "def f(x):\n    'Compute something.'\n" + body.format(x="x", y="y")
     second = "class C:\n" + "".join(
         f"    {line}\n" for line in ("def g(self, logprobs):\n" + body.format(x="logprobs", y="z")).splitlines()
     )

@@ -1,4 +1,4 @@
-"""The demo's language by hand, and its whole road in a short version."""
+"""The demo's language by hand, and the whole demo in its short version."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlhf_core.demo.run import DemoConfig, demo
     [
         ("kapi penira lari kovira .", 1.0),  # two new rhymes, a sentence
         ("kapi penira lari solano .", 0.6),  # one rhyme
-        ("kapi lumira lari sadira .", 0.2),  # both words stand in the first line
+        ("kapi lumira lari sadira .", 0.2),  # both words are in the first line
         ("penira lari penira .", 0.6),  # the same rhyme twice counts once
         ("penira kovira", 0.8),  # rhymes, but no sentence
         ("penira lari kovira", 0.8),  # no full stop
@@ -29,7 +29,7 @@ def test_true_reward_by_hand(second, reward):
     assert true_reward("vesa lumira tesu sadira", second) == pytest.approx(reward)
 
 
-def test_lines_are_sentences_and_couplets_keep_the_sound():
+def test_lines_are_sentences_and_couplets_rhyme():
     rng = random.Random(1)
     assert all(is_sentence(write_line(rng)) for _ in range(200))
     assert not is_sentence("lari peta") and not is_sentence("solano lari") and not is_sentence("solano lari borg")
@@ -40,9 +40,10 @@ def test_lines_are_sentences_and_couplets_keep_the_sound():
         assert true_reward(first, second) >= 0.2
 
 
+@pytest.mark.slow  # two minutes; CI also runs the demo itself
 @pytest.mark.timeout(600)
-def test_the_whole_road_wins(tmp_path: Path, capsys):
-    """The quick demo: PPO and DPO beat SFT on the true reward that no trainer saw."""
+def test_the_demo_learns(tmp_path: Path, capsys):
+    """The quick demo: PPO and DPO exceed SFT in the true reward, which no trainer uses."""
     table = demo(DemoConfig(output=str(tmp_path / "demo"), quick=True, progress=False))
     assert table["ppo"]["true reward"] > table["sft"]["true reward"] + 0.15, table
     assert table["dpo"]["true reward"] > table["sft"]["true reward"] + 0.08, table

@@ -1,4 +1,4 @@
-"""What is installed is what is here, and it works outside this folder."""
+"""Tests of the package list, the pinned versions and the wheel."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def setup_cfg() -> configparser.ConfigParser:
 
 
 def run(*command: str | Path, cwd: Path, path: str = "") -> str:
-    """Runs a command with PYTHONPATH set to `path` alone; its output, or an assertion with both streams."""
+    """Run a command with PYTHONPATH set to `path`; return its output, or fail with stdout and stderr."""
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
-def test_kernels_is_no_package():
-    """transformers imports whatever it finds under the name `kernels`; ours must never be it."""
+def test_kernels_is_not_a_package():
+    """transformers imports any package named `kernels`, which must not be ours."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert not (ROOT / "kernels.py").exists()
 
@@ -59,7 +59,7 @@ def test_transformers_works_with_the_checkout_on_the_path(tmp_path: Path):
 
 
 def test_a_real_kernels_distribution_wins(tmp_path: Path):
-    """The package of that name on the index, played by a stub that comes last on the path."""
+    """A stub of the package of that name on PyPI, last on the path, is imported and not our folder."""
     stub = tmp_path / "site" / "kernels"
     stub.mkdir(parents=True)
     (stub / "__init__.py").write_text("")
@@ -69,7 +69,7 @@ def test_a_real_kernels_distribution_wins(tmp_path: Path):
 
 
 def test_every_direct_dependency_is_pinned(setup_cfg: configparser.ConfigParser):
-    """Whatever setup.cfg names, constraints.txt holds to one version."""
+    """Every dependency in setup.cfg has a version in constraints.txt."""
     extras = setup_cfg["options.extras_require"]
     named = [setup_cfg["options"]["install_requires"], *extras.values()]
     names = {line.partition(">")[0].strip() for text in named for line in text.splitlines() if line.strip()}
@@ -78,13 +78,13 @@ def test_every_direct_dependency_is_pinned(setup_cfg: configparser.ConfigParser)
     assert names <= pinned, names - pinned
 
 
-def test_version_is_said_once(setup_cfg: configparser.ConfigParser):
+def test_version_of_the_package_and_of_setup_cfg_are_equal(setup_cfg: configparser.ConfigParser):
     assert rlhf_core.__version__ == setup_cfg["metadata"]["version"]
 
 
 @pytest.mark.timeout(1200)
 def test_wheel_in_a_clean_environment(tmp_path: Path, setup_cfg: configparser.ConfigParser):
-    """Built from a copy of what git would hold, installed with its dependencies, run far from the checkout."""
+    """Build from a copy of the tracked files, install with dependencies, and run outside the checkout."""
     source, outside, environment = tmp_path / "source", tmp_path / "outside", tmp_path / "environment"
     source.mkdir()
     outside.mkdir()

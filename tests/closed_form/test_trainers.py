@@ -36,6 +36,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf_core.config import OptimConfig, SamplingConfig
 from rlhf_core.trainers import ppo, rloo
+from tests.trainers.plain import grouped
 
 BETA = 1.0
 ROWS = 2000  # of the one prompt
@@ -167,7 +168,7 @@ def train(worlds, tmp_path) -> Callable[..., Outcome]:
                 output=folder,
                 reward_function=f"world_{name}:{reward}",
                 sampling=SamplingConfig(max_new_tokens=world.longest, batch_size=ROWS),
-                **settings,
+                **grouped(settings),
             )
         )
         return Outcome(folder)
@@ -176,12 +177,12 @@ def train(worlds, tmp_path) -> Callable[..., Outcome]:
 
 
 SCHEDULE = dict(schedule="linear", warmup_ratio=0.1)
-COMMON = dict(kl_coef=BETA, epochs=10_000, progress=False)
+COMMON = dict(kl__coef=BETA, epochs=10_000, progress=False)
 SETTINGS: dict[Any, tuple[type, dict[str, Any]]] = {
     ppo: (
         ppo.PPOConfig,
         dict(
-            batch_size=256, minibatch_size=128, ppo_epochs=2, kl_target=None, max_steps=80,
+            batch_size=256, minibatch_size=128, rollout_epochs=2, kl__target=None, max_steps=80,
             optim=OptimConfig(lr=6e-3, **SCHEDULE),
         ),
     ),
@@ -197,12 +198,13 @@ trainers = pytest.mark.parametrize("trainer", SETTINGS, ids=["ppo", "rloo"])
 
 # What it costs to leave the reference has to weigh as much in the loss as in the reward, so advantages are not scaled.
 PLAIN = dict(whiten_advantages=False)
-FULL = PLAIN | dict(kl_estimator="full", kl_in="both")
+FULL = PLAIN | dict(kl__estimator="full", kl__apply_to="both")
 CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "ppo-bandit": (ppo, "bandit", dict(minibatch_size=256, max_steps=50, optim=OptimConfig(lr=4e-3, **SCHEDULE))),
     "ppo-27": (ppo, "27", PLAIN),
     "ppo-15": (ppo, "15", {}),
-    # At the optimum k1 pays every completion alike, the full KL does not: its noise stays and asks for more samples.
+    # At the optimum k1 gives every completion the same reward, the full KL does not: its noise stays,
+    # which needs more samples.
     "ppo-15-full": (ppo, "15", FULL | dict(batch_size=1024, minibatch_size=512)),
     "ppo-27-full": (
         ppo, "27", FULL | dict(
@@ -211,7 +213,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     ),
     "rloo-bandit": (rloo, "bandit", dict(max_steps=80)),
     "rloo-bandit-full": (
-        rloo, "bandit", dict(kl_estimator="full", max_steps=50, optim=OptimConfig(lr=4e-3, **SCHEDULE))
+        rloo, "bandit", dict(kl__estimator="full", max_steps=50, optim=OptimConfig(lr=4e-3, **SCHEDULE))
     ),
     "rloo-27": (rloo, "27", {}),
     "rloo-15": (rloo, "15", {}),
@@ -265,8 +267,8 @@ def test_the_worlds_are_whole(worlds):
 # ------------------------------------------------------------------------------------------------- the check can fail
 
 
-def swapped_price(monkeypatch, trainer) -> list[bool]:
-    """Policy and reference exchanged where the price is made, so that leaving the reference is paid for."""
+def swapped_kl_penalty(monkeypatch, trainer) -> list[bool]:
+    """Policy and reference exchanged in the KL penalty, so that leaving the reference is rewarded."""
     called, original = [], trainer.kl_penalty
 
     def swapped(scores, logprobs, ref_logprobs, *args, **options):
@@ -297,24 +299,24 @@ def test_scores_upside_down_are_not_forgiven(worlds, train, total_variation, tra
 
 
 @trainers
-def test_a_price_upside_down_is_not_forgiven(worlds, train, total_variation, monkeypatch, trainer):
+def test_a_kl_penalty_upside_down_is_not_forgiven(worlds, train, total_variation, monkeypatch, trainer):
     world = worlds["27"]
-    called = swapped_price(monkeypatch, trainer)
+    called = swapped_kl_penalty(monkeypatch, trainer)
     end = world.distribution(train(trainer, "27", **QUICK).folder)
     assert called
     assert total_variation(end, world.optimum) > 0.3
 
 
-# --------------------------------------------------------------------------------------------------------- the gauges
+# --------------------------------------------------------------------------------------------------------- the metrics
 
 STILL = OptimConfig(lr=1e-12, schedule="constant")
 
 
-@pytest.mark.parametrize("estimator", [dict(kl_estimator="k1"), FULL], ids=["k1", "full"])
-def test_the_gauges_of_ppo_are_what_enumeration_says(worlds, train, estimator):
+@pytest.mark.parametrize("estimator", [dict(kl__estimator="k1"), FULL], ids=["k1", "full"])
+def test_the_metrics_of_ppo_are_what_enumeration_says(worlds, train, estimator):
     """KL, entropy and score of a policy and a reference that differ, over 2000 samples, to 4 standard errors."""
     world, other, count = worlds["27"], worlds["other"], 2000
-    run = train(ppo, "27", **estimator, reference=str(other.folder), batch_size=count, ppo_epochs=1, max_steps=1,
+    run = train(ppo, "27", **estimator, reference=str(other.folder), batch_size=count, rollout_epochs=1, max_steps=1,
                 minibatch_size=500, optim=STILL)  # fmt: skip
     everything, ref_everything = (
         world.token_logprobs(folder, vocabulary=True) for folder in (world.folder, other.folder)
@@ -328,7 +330,7 @@ def test_the_gauges_of_ppo_are_what_enumeration_says(worlds, train, estimator):
     )  # the chain rule: the same, summed by states
     assert exact > 0.1
     samples = {
-        "kl": of_states if estimator["kl_estimator"] == "full" else logprobs - ref_logprobs,
+        "kl": of_states if estimator["kl__estimator"] == "full" else logprobs - ref_logprobs,
         "entropy": -(everything.exp() * everything).sum((-1, -2)) / world.longest,
         "score": world.rewards,
     }
@@ -340,8 +342,8 @@ def test_the_gauges_of_ppo_are_what_enumeration_says(worlds, train, estimator):
         assert 4 * error < 0.25 * abs(mean) or name == "score"  # a bound that means something
 
 
-@pytest.mark.parametrize("price", [{}, FULL], ids=["k1", "full"])
-def test_the_first_ratio_is_one_to_the_last_bit(train, monkeypatch, price):
+@pytest.mark.parametrize("kl", [{}, FULL], ids=["k1", "full"])
+def test_the_first_ratio_is_one_to_the_last_bit(train, monkeypatch, kl):
     seen, original = [], ppo.policy_loss
 
     def watch(**options):
@@ -350,19 +352,19 @@ def test_the_first_ratio_is_one_to_the_last_bit(train, monkeypatch, price):
         return loss, stats
 
     monkeypatch.setattr(ppo, "policy_loss", watch)
-    train(ppo, "15", **price, batch_size=64, minibatch_size=16, ppo_epochs=1, max_steps=3)
+    train(ppo, "15", **kl, batch_size=64, minibatch_size=16, rollout_epochs=1, max_steps=3)
     assert len(seen) == 3 * 4
     for first in seen[::4]:
         assert first == {"approx_kl": 0.0, "ratio_max": 1.0, "clip_fraction": 0.0}
     assert all(stats["ratio_max"] != 1 for number, stats in enumerate(seen) if number % 4)
 
 
-@pytest.mark.parametrize("price", [{}, FULL], ids=["k1", "full"])
-def test_a_step_of_ppo_does_not_depend_on_the_micro_batches(train, price):
+@pytest.mark.parametrize("kl", [{}, FULL], ids=["k1", "full"])
+def test_a_step_of_ppo_does_not_depend_on_the_micro_batches(train, kl):
     """Rollout, two epochs and their updates. A large epsilon, or Adam would blow up the rounding of tiny gradients."""
     steady = OptimConfig(lr=1e-2, schedule="constant", eps=1e-3)
     runs = [
-        train(ppo, "15", **price, batch_size=24, minibatch_size=12, micro_batch_size=size, max_steps=1, optim=steady)
+        train(ppo, "15", **kl, batch_size=24, minibatch_size=12, micro_batch_size=size, max_steps=1, optim=steady)
         for size in (None, 3, 1)
     ]
     whole, *parts = [run.weights for run in runs]

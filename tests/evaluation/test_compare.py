@@ -1,4 +1,4 @@
-"""Two models on the same prompts: a model against itself is a draw, and the numbers are those of the definitions."""
+"""`rlhf evaluate`: a model against itself is a draw, and the results equal their definitions."""
 
 import json
 
@@ -20,7 +20,7 @@ SAMPLING = SamplingConfig(max_new_tokens=6, batch_size=4)
 
 
 def words(prompts, completions, rows):
-    """A score for length, and a share of the row to see that rows come along."""
+    """Score the number of words, plus a column of the row."""
     return [len(completion.split()) + row["more"] for completion, row in zip(completions, rows, strict=True)]
 
 
@@ -110,14 +110,14 @@ def test_numbers_of_two_models_by_hand(models, temperature):
     assert numbers["length"] == sum(map(len, rollouts[0].completions)) / 6
 
 
-def test_the_likeliest_tokens_are_measured_at_temperature_1(models):
+def test_greedy_samples_are_measured_at_temperature_1(models):
     numbers, rollouts = run(models, "one", "two", SamplingConfig(max_new_tokens=6, temperature=0))
     assert numbers["kl"] > 0
     _, again = run(models, "one", "two", SamplingConfig(max_new_tokens=6, temperature=0), seed=1)
     assert rollouts[0].completions == again[0].completions
 
 
-def test_turned_round_the_win_rate_is_the_rest(models):
+def test_win_rates_of_both_orders_add_up_to_1(models):
     one, _ = run(models, "one", "two")
     two, _ = run(models, "two", "one")
     assert one["win_rate"] + two["win_rate"] == pytest.approx(1)
@@ -167,7 +167,7 @@ def settings(models, tmp_path, **changes) -> EvaluateConfig:
 
 
 def test_evaluate_prints_writes_and_returns_the_same_numbers(models, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(models)  # where counted_words lies
+    monkeypatch.chdir(models)  # the folder of counted_words
     numbers = evaluate(settings(models, tmp_path))
     assert json.loads((tmp_path / "deep" / "numbers.json").read_text()) == numbers
     printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
@@ -187,7 +187,7 @@ def test_evaluate_from_the_command_line_with_a_reward_model(models, tmp_path, ca
 
 
 def test_evaluate_with_several_sources_of_reward(models, tmp_path, monkeypatch, capsys):
-    """Checked by a column of the rows and by a pattern, and counted: the sum, and the mean of each."""
+    """A column of the rows, a pattern and a function as sources: their sum, and the mean of each."""
     monkeypatch.chdir(models)
     command = ["evaluate", "--model", models / "one", "--baseline", models / "two", "--data", models / "prompts.jsonl"]
     command += ["--reward-function", "counted_words:words", "--checker", r"numeric:more,regex:^\w{0\,4}\b"]
@@ -196,13 +196,13 @@ def test_evaluate_with_several_sources_of_reward(models, tmp_path, monkeypatch, 
     assert main([str(word) for word in command]) == 0
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     for side in ("", "baseline_"):
-        assert numbers[f"{side}reward/numeric"] == 0  # there are no numbers in this language
+        assert numbers[f"{side}reward/numeric"] == 0  # the language has no numbers
         assert 0 <= numbers[f"{side}reward/regex"] <= 1
         by_hand = 0.5 * numbers[f"{side}reward/words"] - 3 * numbers[f"{side}reward/regex"]
         assert numbers[f"{side}score"] == pytest.approx(by_hand)
     assert numbers["reward/words"] > 0
     assert numbers["excluded"] == 0
-    assert main([str(word) for word in [*command, "--checker", "numeric:mroe"]]) == 2  # weights are for three
+    assert main([str(word) for word in [*command, "--checker", "numeric:mroe"]]) == 2  # three weights for four sources
     command[command.index("--reward-weights") + 1] = "0.5,1"
     assert main([str(word) for word in [*command, "--checker", "numeric:mroe"]]) == 1
     said = capsys.readouterr().err.splitlines()[-1]

@@ -14,10 +14,10 @@ from rlhf_core.evaluation.reward_accuracy import (
     calibration,
     correlation,
     length_buckets,
-    pair_gauges,
+    pair_metrics,
     pair_table,
     ranked_pairs,
-    step_gauges,
+    step_metrics,
     step_table,
 )
 
@@ -41,15 +41,15 @@ def test_calibration_by_hand():
     assert bins[1].confidence == pytest.approx(0.966667, abs=1e-6)
 
 
-def test_calibration_of_steps_counts_the_likelier_side():
-    """A score of logit(0.2) is the prediction "wrong" with confidence 0.8: right where the label is False."""
+def test_calibration_of_steps_is_of_the_more_likely_side():
+    """A score of logit(0.2) predicts "wrong" with confidence 0.8, which is right where the label is False."""
     logits = torch.tensor([logit(0.2)] * 4)
     error, [only] = calibration(logits, torch.tensor([False, False, False, True]))
     assert (only.count, only.accuracy, only.confidence) == (4, 0.75, pytest.approx(0.8))
     assert error == pytest.approx(0.05)
 
 
-def test_scores_that_say_what_is_so_have_no_calibration_error():
+def test_calibrated_scores_have_no_calibration_error():
     """Labels drawn from the model's own probabilities; twice the logits would be overconfident."""
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(200_000, generator=generator)
@@ -85,24 +85,24 @@ def test_length_buckets_by_hand():
     assert buckets["shorter"] == (2, 0.75)  # a tie and a hit
 
 
-def test_gauges_of_pairs_by_hand():
+def test_metrics_of_pairs_by_hand():
     """Three pairs in which the longer one was chosen and scored higher in two, and one in which it lost both."""
     chosen, rejected = torch.tensor([3.0, 2.0, 0.0, 1.0]), torch.tensor([0.0, 1.0, 1.0, 0.0])
     lengths = torch.tensor([[30, 10], [20, 10], [20, 10], [10, 20]])
-    gauges = pair_gauges(chosen, rejected, lengths)
-    assert gauges["accuracy_longer"] == pytest.approx(2 / 3)
-    assert gauges["accuracy_shorter"] == 1.0
-    assert "accuracy_alike" not in gauges
-    assert gauges["prefers_longer"] == 0.5  # the first two; not the third, and not the last, where the shorter won
-    assert gauges["chosen_longer"] == 0.75
+    metrics = pair_metrics(chosen, rejected, lengths)
+    assert metrics["accuracy_longer"] == pytest.approx(2 / 3)
+    assert metrics["accuracy_shorter"] == 1.0
+    assert "accuracy_alike" not in metrics
+    assert metrics["prefers_longer"] == 0.5  # the first two; not the third, and not the last, where the shorter won
+    assert metrics["chosen_longer"] == 0.75
 
 
-def test_a_model_that_likes_length_is_seen_through():
+def test_a_model_that_scores_length():
     """Scores that are the lengths: right wherever the chosen one is longer, wrong wherever it is shorter."""
     lengths = torch.tensor([[30, 10], [20, 10], [25, 24], [10, 40]])
-    gauges = pair_gauges(*(lengths.float() / 10).unbind(1), lengths)
-    assert (gauges["accuracy_longer"], gauges["accuracy_shorter"], gauges["prefers_longer"]) == (1, 0, 1)
-    assert gauges["length_correlation"] == pytest.approx(1)
+    metrics = pair_metrics(*(lengths.float() / 10).unbind(1), lengths)
+    assert (metrics["accuracy_longer"], metrics["accuracy_shorter"], metrics["prefers_longer"]) == (1, 0, 1)
+    assert metrics["length_correlation"] == pytest.approx(1)
     table = pair_table(*(lengths.float() / 10).unbind(1), lengths)
     assert "scored higher in 100%, chosen in 67% of pairs of unlike length" in table
     assert "chosen is shorter            1     0.000" in table
@@ -113,7 +113,7 @@ def test_correlation_by_hand_and_where_there_is_none():
     """(1, 2, 3) and (2, 2, 5): covariance 1, deviations sqrt(2/3) and sqrt(2): 1 / (0.8165 * 1.4142) = 0.8660."""
     assert correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2, 2, 5])) == pytest.approx(0.8660254)
     assert correlation(torch.tensor([1.0, 1.0]), torch.tensor([1, 2])) is None
-    assert "length_correlation" not in pair_gauges(torch.ones(1), torch.ones(1), torch.tensor([[1, 2]]))
+    assert "length_correlation" not in pair_metrics(torch.ones(1), torch.ones(1), torch.tensor([[1, 2]]))
 
 
 def test_pairs_of_ranked_lists():
@@ -126,9 +126,9 @@ def test_pairs_of_ranked_lists():
 
 
 def test_steps_of_each_label_have_an_accuracy_of_their_own():
-    """Who calls all steps right is right in nine of ten, and in none of those that matter."""
+    """A model that predicts "right" always is right for nine of ten steps, and for no wrong step."""
     scores, labels = torch.full((10,), 2.0), torch.arange(10) < 9
-    gauges = step_gauges(scores, labels)
-    assert (gauges["accuracy_right"], gauges["accuracy_wrong"]) == (1, 0)
+    metrics = step_metrics(scores, labels)
+    assert (metrics["accuracy_right"], metrics["accuracy_wrong"]) == (1, 0)
     assert "wrong steps                  1     0.000" in step_table(scores, labels)
-    assert "accuracy_wrong" not in step_gauges(scores, torch.ones(10, dtype=torch.bool))
+    assert "accuracy_wrong" not in step_metrics(scores, torch.ones(10, dtype=torch.bool))

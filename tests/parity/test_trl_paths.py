@@ -26,10 +26,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rlhf_core.config import DataConfig, OptimConfig
+from rlhf_core.data.labelled import mismatched_rows
 from rlhf_core.data.loader import load_examples, step_examples
 from rlhf_core.data.tokenize import Example
 from rlhf_core.models.load import load_tokenizer
 from rlhf_core.trainers import dpo, kto, reward, sft
+from rlhf_core.training import offline, reference
+from rlhf_core.training import run as run_module
 from tests.parity import material
 from tests.parity.golden import Case, case_name, read
 
@@ -125,20 +128,20 @@ def first_step(module: ModuleType, config: Any, monkeypatch: pytest.MonkeyPatch)
     """Loss and the gradient's fingerprint in the first step of `module.train(config)`."""
     gradients = []
     with monkeypatch.context() as patch:
-        models = in_float64(module, patch)
+        models = in_float64(patch)
 
         def look(*_: Any) -> dict[str, float]:
             gradients.append(material.fingerprint(models[0]))
             return {}
 
-        patch.setattr(module, "optimizer_step", look)
+        patch.setattr(run_module, "optimizer_step", look)
         module.train(config)
     [loss], [gradient] = losses_of(config), gradients
     return loss, gradient
 
 
-def in_float64(module: ModuleType, patch: pytest.MonkeyPatch) -> list[nn.Module]:
-    """Have the trainer load its models so. They are put into the list that is returned, the trained one first."""
+def in_float64(patch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """Have trainers load their models in float64. Return the list that they are added to, the trained one first."""
     models: list[nn.Module] = []
 
     def exact(load: Callable) -> Callable:
@@ -149,9 +152,8 @@ def in_float64(module: ModuleType, patch: pytest.MonkeyPatch) -> list[nn.Module]
 
         return loaded
 
-    for place, name in ((module, "load_policy"), (module, "load_reward_model"), (dpo, "load_reference")):
-        if hasattr(place, name):
-            patch.setattr(place, name, exact(getattr(place, name)))
+    for place, name in ((offline, "load_policy"), (reward, "load_reward_model"), (reference, "load_reference")):
+        patch.setattr(place, name, exact(getattr(place, name)))
     return models
 
 
@@ -195,7 +197,7 @@ def our_tokens(trainer: str, examples: list[Example]) -> dict[str, list[list[int
         columns = {
             "prompt": [row.prompt for row in examples],
             "completion": [row.completions[0] for row in examples],
-            "KL_completion": [row.completions[0] for row in kto.mismatched(examples, examples, None)],
+            "KL_completion": [row.completions[0] for row in mismatched_rows(examples, examples, None)],
         }
         return columns
     columns = {"prompt": [row.prompt for row in examples]} if trainer == "dpo" else {}
@@ -253,10 +255,10 @@ def test_a_synced_reference_is_resumed_as_it_was(folder: Path, tmp_path: Path, m
     """0.5 (a). TRL's resumed run is held to the reference of the start; ours goes on as if nothing had been. Four steps
     of AdamW lie between the file and the number that both sides have without an interruption."""
     optim = OptimConfig(lr=0.01, schedule="constant")
-    follows = dict(reference_update="sync", reference_every=2)
+    follows = dict(reference=dict(update="sync", every=2))
     config = of_pairs(folder, tmp_path / "whole", epochs=4, max_steps=4, save_every=3, optim=optim, **follows)
     with monkeypatch.context() as patch:
-        in_float64(dpo, patch)
+        in_float64(patch)
         dpo.train(config)
         stopped = shutil.copytree(config.output, tmp_path / "stopped")
         resumed = replace(config, output=str(stopped), resume=True)
@@ -269,7 +271,7 @@ def test_a_synced_reference_is_resumed_as_it_was(folder: Path, tmp_path: Path, m
 
 def test_cached_logprobs_are_those_of_the_loss_that_asks(folder: Path, tmp_path: Path, monkeypatch):
     """0.5 (b). A policy that is its own reference has a loss of ln 2, whatever an earlier run has cached."""
-    cached = dict(cache_reference="on", reference_cache=str(tmp_path / "cache"))
+    cached = dict(reference=dict(cache="on", cache_folder=str(tmp_path / "cache")))
     for ld_alpha in (None, 0.5):
         config = of_pairs(folder, tmp_path / f"{ld_alpha}", ld_alpha=ld_alpha, **cached)
         assert first_step(dpo, config, monkeypatch)[0] == pytest.approx(math.log(2), rel=TOLERANCE)

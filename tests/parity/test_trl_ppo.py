@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.config import OptimConfig, SamplingConfig
+from rlhf_core.config import OptimConfig, SamplingConfig, ValueConfig
 from rlhf_core.losses.policy import policy_loss
 from rlhf_core.losses.value import value_loss
-from rlhf_core.models.forward import sequence_scores
+from rlhf_core.models.forward import policy_outputs, prepare, sequence_scores
 from rlhf_core.ops.advantages import gae
 from rlhf_core.ops.kl import kl_penalty
 from rlhf_core.ops.masked import masked_mean, masked_whiten
 from rlhf_core.ops.shaping import missing_eos_penalty
-from rlhf_core.rollout.sampling import Rollout
+from rlhf_core.rollout.experience import Experience
 from rlhf_core.trainers.ppo import PPOConfig, forward
 from rlhf_core.training.optim import optimizer_step
 from tests.parity import tiny
@@ -54,7 +55,7 @@ class Replay:
         self.past_end = torch.arange(responses.shape[1]) == self.lengths[:, None]
         pad = tiny.EOS if self.settings["pad"] == "eos" else tiny.PAD
         completions = [row[:length].tolist() for row, length in zip(responses, self.lengths, strict=True)]
-        self.rollout = Rollout(
+        self.rollout = Experience.sampled(
             prompts=[[token for token in row if token != pad] for row in self.theirs["queries"].tolist()],
             completions=completions,
             logprobs=torch.zeros(self.mask.shape),
@@ -65,7 +66,7 @@ class Replay:
             reward_model="r",
             data="d",
             output="o",
-            value="policy",
+            value=ValueConfig(model="policy"),
             # TRL divides by the temperature plus this.
             sampling=SamplingConfig(temperature=self.settings["temperature"] + 1e-7),
         )
@@ -74,6 +75,7 @@ class Replay:
             start = f"{role}."
             weights = {key: value for key, value in GOLDEN.inputs.items() if key.startswith(start)}
             model.load_state_dict({key.removeprefix(start): value for key, value in weights.items()})
+            prepare(model)
 
     @property
     def policy(self) -> nn.Module:
@@ -85,9 +87,9 @@ class Replay:
 
     def outputs(self, rows: list[int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs and values, and the values with one more after each end that the buffer has room for."""
-        batch = self.rollout.pack(rows, width=self.mask.shape[1])
-        new = forward(self.policy, self.critic, batch, self.config)
         rows = list(range(len(self.mask))) if rows is None else rows
+        batch = self.rollout.select(rows).pack()
+        new = forward(SimpleNamespace(policy=self.policy, config=self.config), self.critic, batch)
         ends = sequence_scores(self.critic, batch)
         return new.logprobs, new.values, torch.where(self.past_end[rows], ends[:, None], new.values)
 
@@ -148,7 +150,9 @@ def test_log_probs_values_and_scores(name):
     batch = given.rollout.pack()
     with torch.no_grad():
         logprobs, _, values = given.outputs()
-        ref_logprobs = forward(given.models["reference"], None, batch, given.config).logprobs
+        ref_logprobs = policy_outputs(
+            given.models["reference"], batch, temperature=given.config.sampling.temperature
+        ).logprobs
         scores = sequence_scores(given.models["reward_model"], batch)
     if penalty := given.settings["missing_eos_penalty"]:
         scores = missing_eos_penalty(scores, given.rollout.finished, penalty=penalty)

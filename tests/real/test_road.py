@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_core.config import DataConfig, ModelConfig, OptimConfig, SamplingConfig
+from rlhf_core.config import DataConfig, KLConfig, ModelConfig, OptimConfig, SamplingConfig
 from rlhf_core.data.loader import load_examples
 from rlhf_core.evaluation.compare import compare
 from rlhf_core.models.forward import token_logprobs
 from rlhf_core.models.load import load_policy, load_reference
 from rlhf_core.rollout.rewards import load_model_reward
 from rlhf_core.trainers import dpo, ppo, reward, sft
+from rlhf_core.training.offline import OfflineRun
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
@@ -31,7 +32,7 @@ def metrics(folder: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def sentiment_reward(shared: Path, tmp_path_factory) -> tuple[Path, dict[str, float]]:
-    """A reward model that prefers kind sentences, and its held-out numbers."""
+    """A reward model that prefers kind sentences, and its evaluation numbers."""
     data, folder = shared / "data", tmp_path_factory.mktemp("sentiment")
     rng = random.Random(0)
     for split in ("train", "test"):
@@ -58,22 +59,22 @@ def sentiment_reward(shared: Path, tmp_path_factory) -> tuple[Path, dict[str, fl
     return folder / "reward", numbers
 
 
-def test_sft_lowers_the_held_out_loss(shared: Path, stories: Path, tmp_path: Path):
+def test_sft_lowers_the_evaluation_loss(shared: Path, stories: Path, tmp_path: Path):
     """Held-out NLL of the completion falls by at least 20 %."""
-    policy, tokenizer = load_policy(stories)
-    held_out = DataConfig(path=str(shared / "data" / "sft_rasbt_test.jsonl.gz"))
+    evaluation = DataConfig(path=str(shared / "data" / "sft_rasbt_test.jsonl.gz"))
     config = sft.SFTConfig(
         model=str(stories),
         data=str(shared / "data" / "sft_rasbt_train.jsonl.gz"),
-        eval_data=held_out,
+        eval_data=evaluation,
         output=str(tmp_path / "sft"),
         epochs=1,
         optim=OptimConfig(lr=2e-3, warmup_ratio=0.05),
         progress=False,
     )
-    before = sft.evaluate(policy, load_examples(held_out, tokenizer, need="supervised", model=policy), config)
+    with OfflineRun(config, need="supervised", evaluate=sft.evaluate) as run:
+        before = sft.evaluate(run)
     after = sft.train(config)
-    print(f"\nSFT on sft_rasbt: held-out NLL {before['eval_nll']:.2f} -> {after['eval_nll']:.2f}")
+    print(f"\nSFT on sft_rasbt: evaluation NLL {before['eval_nll']:.2f} -> {after['eval_nll']:.2f}")
     assert after["eval_nll"] <= 0.8 * before["eval_nll"], (before, after)
 
 
@@ -89,12 +90,12 @@ def test_reward_model_learns_politeness(shared: Path, stories: Path, tmp_path: P
             progress=False,
         )
     )
-    print(f"\nreward model on pref_rasbt: held-out accuracy {numbers['eval_accuracy']:.3f}")
+    print(f"\nreward model on pref_rasbt: evaluation accuracy {numbers['eval_accuracy']:.3f}")
     assert numbers["eval_accuracy"] >= 0.82, numbers
 
 
 def test_reward_model_learns_sentiment(sentiment_reward):
-    print(f"\nreward model on sentiment_sentences: held-out accuracy {sentiment_reward[1]['eval_accuracy']:.3f}")
+    print(f"\nreward model on sentiment_sentences: evaluation accuracy {sentiment_reward[1]['eval_accuracy']:.3f}")
     assert sentiment_reward[1]["eval_accuracy"] >= 0.70, sentiment_reward[1]
 
 
@@ -110,7 +111,7 @@ def test_dpo_learns_politeness(shared: Path, stories: Path, tmp_path: Path):
             progress=False,
         )
     )
-    print(f"\nDPO on pref_rasbt: held-out accuracy {numbers['eval_accuracy']:.3f}")
+    print(f"\nDPO on pref_rasbt: evaluation accuracy {numbers['eval_accuracy']:.3f}")
     assert numbers["eval_accuracy"] >= 0.80, numbers
     assert metrics(tmp_path / "dpo")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
@@ -127,14 +128,12 @@ def test_ppo_makes_stories_kinder(shared: Path, stories: Path, sentiment_reward,
             output=str(tmp_path / "ppo"),
             batch_size=64,
             minibatch_size=32,
-            ppo_epochs=3,
+            rollout_epochs=3,
             max_steps=32,
             epochs=10,
             sampling=sampling,
             end_unfinished=True,
-            kl_coef=0.1,
-            kl_target=target,
-            kl_horizon=400,
+            kl=KLConfig(coef=0.1, control="adaptive", target=target, horizon=400),
             optim=OptimConfig(lr=4e-4, schedule="linear", eps=1e-5),
             progress=False,
         )
@@ -153,12 +152,12 @@ def test_ppo_makes_stories_kinder(shared: Path, stories: Path, sentiment_reward,
         return total / sum(map(len, rollout.completions))
 
     rise, fall = numbers["score"] - numbers["baseline_score"], reference_logprob(before) - reference_logprob(after)
-    gauges = metrics(tmp_path / "ppo")
+    rows = metrics(tmp_path / "ppo")
     print(f"\nscore {numbers['baseline_score']:.2f} -> {numbers['score']:.2f}, {spread=:.2f}, {fall=:.2f} nats a token")
-    print(f"KL {numbers['kl']:.1f} of {target}; by step {[round(row['kl'], 1) for row in gauges]}")
+    print(f"KL {numbers['kl']:.1f} of {target}; by step {[round(row['kl'], 1) for row in rows]}")
     for prompt, text in zip(after.prompts[:4], after.completions[:4], strict=True):
         print(f"- {tokenizer.decode(prompt, skip_special_tokens=True)} ->{tokenizer.decode(text)}")
     assert rise >= 1.0 * spread
-    assert sum(row["kl"] for row in gauges[-5:]) / 5 == pytest.approx(target, rel=0.35)
+    assert sum(row["kl"] for row in rows[-5:]) / 5 == pytest.approx(target, rel=0.35)
     assert fall < 1.0
     assert numbers["win_rate"] > 0.6

@@ -17,6 +17,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from rlhf_core.models.forward import prepare
+
 SMALL = dict(
     vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     max_position_embeddings=128, initializer_range=0.15, bos_token_id=1, eos_token_id=2, pad_token_id=0,
@@ -40,10 +42,13 @@ FAMILIES: dict[str, tuple[str, dict]] = {
 
 @pytest.fixture
 def make_policy() -> Callable[..., PreTrainedModel]:
-    def make(family: str = "llama", *, auto: type = AutoModelForCausalLM, **settings) -> PreTrainedModel:
+    def make(
+        family: str = "llama", *, auto: type = AutoModelForCausalLM, layout: str = "auto", **settings
+    ) -> PreTrainedModel:
         model_type, defaults = FAMILIES[family]
         torch.manual_seed(0)
-        return auto.from_config(AutoConfig.for_model(model_type, **(defaults | settings))).train()
+        model = auto.from_config(AutoConfig.for_model(model_type, **(defaults | settings)))
+        return prepare(model, layout).train()
 
     return make
 

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from rlhf_core.config import ConfigError, SamplingConfig, from_dict
 from rlhf_core.evaluation.compare import EvaluateConfig
-from rlhf_core.models.forward import find_route, policy_outputs
+from rlhf_core.models.forward import policy_outputs
 from rlhf_core.models.heads import ValueHead
 from rlhf_core.models.load import save_model
-from rlhf_core.rollout import engines, steps
+from rlhf_core.rollout import engines
 from rlhf_core.rollout.engines import read_choice, refresh_server, sample_continuously, sample_from_server
 from rlhf_core.rollout.generate import GenerateConfig, generate
 from rlhf_core.trainers.ppo import PPOConfig
@@ -43,7 +43,7 @@ def forced(policy, rollout, **options):
 
 
 def agrees(policy, rollout, *, temperature: float = 1.0, head: ValueHead | None = None) -> None:
-    """Everything a rollout says of itself, and what a teacher-forced pass says of it."""
+    """Shapes, ends, and the numbers of a teacher-forced forward."""
     lengths = [len(completion) for completion in rollout.completions]
     assert rollout.logprobs.shape == (len(lengths), max(lengths))
     assert rollout.logprobs.dtype == torch.float32
@@ -66,7 +66,6 @@ def test_continuous_batching(make_policy, prompts, n, batch_size, temperature, v
     """What a checkpoint wishes for its samples is not what they are drawn by, and nothing of the policy changes."""
     policy = make_policy(max_position_embeddings=256)
     policy.generation_config.top_k, policy.generation_config.temperature = 1, 0.1
-    find_route(policy)
     attention, head = policy.config._attn_implementation, head_of(policy) if valued else None
     torch.manual_seed(5)
     state = torch.get_rng_state()
@@ -122,7 +121,7 @@ def test_a_row_that_the_engine_drops_is_an_error(make_policy, prompts, monkeypat
     done = SimpleNamespace(generated_tokens=[9], logprobs=[-1.0], error=None)
     config = SamplingConfig(engine="continuous", max_new_tokens=1)
     for results, message in (
-        ([done] * 5, "5 of 6 rows were completed; what the engine logged"),
+        ([done] * 5, "5 of 6 rows were completed; the reason is in the log"),
         ([done] * 5 + [SimpleNamespace(generated_tokens=[], logprobs=[], error="no room")], "5 of 6 .*; no room"),
     ):
         monkeypatch.setattr(policy, "generate_batch", lambda *_, results=results, **__: dict(enumerate(results)))
@@ -167,7 +166,7 @@ class Server:
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
     def work(self, path, body):
         if path == "/v1/models":
@@ -265,7 +264,7 @@ def test_logprobs_at_the_temperature_and_values(server, policy, prompts, setting
 
 
 def test_at_temperature_one_the_servers_own_logprobs_are_kept(server, policy, prompts, settings):
-    """They are the behaviour's, though the weights here have moved on; the values are of the weights here."""
+    """They are of the weights that sampled, though those here have changed; the values are of the weights here."""
     with torch.no_grad():
         policy.lm_head.weight.mul_(1.1)
     rollout = draw(policy, prompts, settings, head=head_of(policy))
@@ -461,19 +460,18 @@ def test_generate_asks_the_server(server, policy, settings, make_tokenizer, tmp_
     assert row["completion"].split() == [f"w{token}" for token in server.complete(body, 0)["token_ids"] if token != 2]
 
 
-def test_the_step_goes_to_the_engine_of_the_settings(policy, prompts, settings, server, monkeypatch, make_tokenizer):
+def test_the_engine_is_that_of_the_settings(policy, prompts, settings, server, monkeypatch, make_tokenizer):
     tokenizer = make_tokenizer(eos_token="w2")
     policy.generation_config.eos_token_id = [2, 5]
-    rows = [SimpleNamespace(prompt=prompt) for prompt in prompts]
     asked = []
     for name in ("sample", "sample_continuously", "sample_from_server"):
-        monkeypatch.setattr(steps, name, lambda *args, name=name, **options: asked.append((name, options)))
+        monkeypatch.setattr(engines, name, lambda *args, name=name, **options: asked.append((name, options)))
     for engine, config in (
         ("sample", SamplingConfig()),
         ("sample_continuously", SamplingConfig(engine="continuous")),
         ("sample_from_server", settings),
     ):
-        steps.act(policy, tokenizer, rows, SimpleNamespace(seed=0, sampling=config), "rollout", 1)
+        engines.sample_completions(policy, tokenizer, prompts, config, numbers())
         name, options = asked.pop()
         assert name == engine
         assert options["stop_ids"] == {2, 5}

@@ -1,4 +1,4 @@
-"""Scores: a function's are checked before they are believed, and a reward model's do not depend on the road to it."""
+"""Scores: what a function returns is checked, and a reward model's scores depend on neither tokenizer nor batch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,8 @@ from transformers import AutoTokenizer
 from rlhf_core.batch import PackedBatch
 from rlhf_core.config import ModelConfig
 from rlhf_core.models.forward import sequence_scores
-from rlhf_core.models.load import load_reward_model, save_model
-from rlhf_core.rollout.rewards import (
-    function_reward,
-    load_model_reward,
-    model_reward,
-    same_vocabulary,
-)
+from rlhf_core.models.load import load_reward_model, same_vocabulary, save_model
+from rlhf_core.rollout.rewards import function_reward, load_model_reward, model_reward
 
 # ------------------------------------------------------------------------------------------------------------ functions
 
@@ -133,12 +128,12 @@ def pack(prompts: list[list[int]], completions: list[list[int]]) -> PackedBatch:
 def test_ids_go_as_they_are_where_the_vocabulary_is_the_same(
     make_scorer, tokenizer, prompts, batch_size, layout, monkeypatch
 ):
-    model = make_scorer(attention_dropout=0.5)  # in training mode: scores are read in evaluation
+    model = make_scorer(layout=layout, attention_dropout=0.5)  # in training mode: scores are read in evaluation
     completions = completions_for(prompts)
     truth = sequence_scores(make_scorer().eval(), pack(prompts, completions))
     monkeypatch.setattr(type(tokenizer), "decode", None)  # no text is ever made
     monkeypatch.setattr(type(tokenizer), "batch_decode", None)
-    reward = model_reward(model, tokenizer, tokenizer, batch_size=batch_size, layout=layout)
+    reward = model_reward(model, tokenizer, tokenizer, batch_size=batch_size)
     scores = reward(prompts, completions, [{}] * len(prompts)).total
     torch.testing.assert_close(scores, truth.detach(), rtol=1e-5, atol=1e-5)
     assert (scores.dtype, scores.device.type, scores.requires_grad) == (torch.float32, "cpu", False)

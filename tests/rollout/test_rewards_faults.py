@@ -9,8 +9,12 @@ import time
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
-from rlhf_core.rollout.rewards import TimeIsUp, call_within, function_reward, model_reward
+from rlhf_core.config import ModelConfig
+from rlhf_core.models.load import save_model
+from rlhf_core.rollout.rewards import function_reward, load_model_reward, model_reward
+from rlhf_core.rollout.timeouts import CallTimeout, call_within
 
 PROMPTS = [[1, 5, 6], [1, 7], [1, 8]]
 COMPLETIONS = [[8, 9, 2], [10], [11, 12]]
@@ -141,7 +145,7 @@ def waiting(event):
 @pytest.mark.parametrize("function", [busy, backtracking, stubborn, waiting])
 def test_whatever_hangs_is_interrupted(function):
     began = time.monotonic()
-    with pytest.raises(TimeIsUp):
+    with pytest.raises(CallTimeout):
         call_within(0.2, function, threading.Event())
     assert time.monotonic() - began < 10
 
@@ -179,7 +183,7 @@ def test_an_alarm_of_someone_else_still_rings():
     began = time.monotonic()
     try:
         assert call_within(60, lambda: "in time") == "in time"
-        with pytest.raises(TimeIsUp):
+        with pytest.raises(CallTimeout):
             call_within(0.1, time.sleep, 60)
         assert rung == []
         while not rung and time.monotonic() - began < 30:
@@ -203,7 +207,7 @@ def test_no_alarm_is_left_behind():
 
 
 def test_the_shortest_patience_is_not_endless():
-    with pytest.raises(TimeIsUp):
+    with pytest.raises(CallTimeout):
         call_within(1e-9, time.sleep, 60)
 
 
@@ -241,12 +245,6 @@ def test_a_prompt_too_long_for_the_reward_model_loses_its_left(make_scorer, make
 
 
 def test_several_labels_are_refused(make_policy, tokenizer, tmp_path):
-    from transformers import AutoModelForSequenceClassification
-
-    from rlhf_core.config import ModelConfig
-    from rlhf_core.models.load import save_model
-    from rlhf_core.rollout.rewards import load_model_reward
-
     save_model(tmp_path, make_policy(auto=AutoModelForSequenceClassification, num_labels=3), tokenizer)
     with pytest.raises(ValueError, match="a classifier with 3 labels; a reward model has one"):
         load_model_reward(ModelConfig(path=str(tmp_path)), tokenizer)

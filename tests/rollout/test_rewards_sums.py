@@ -14,14 +14,23 @@ from transformers import AutoTokenizer
 
 from rlhf_core.cli import parse
 from rlhf_core.config import ConfigError, DataConfig, ScoringConfig, from_dict
-from rlhf_core.data.formats import Record
 from rlhf_core.data.loader import load_examples
-from rlhf_core.data.tokenize import Example
+from rlhf_core.data.records import Example, Record
 from rlhf_core.models.load import save_model
 from rlhf_core.rollout.checkers import CHECKERS, read_number
-from rlhf_core.rollout.rewards import Scores, function_reward, load_model_reward, model_reward, weighted_sum
-from rlhf_core.rollout.sampling import Rollout
-from rlhf_core.rollout.steps import load_reward, rollout_gauges, score, score_gauges
+from rlhf_core.rollout.experience import Experience
+from rlhf_core.rollout.rewards import (
+    Reward,
+    Scores,
+    configured_reward,
+    function_reward,
+    load_model_reward,
+    model_reward,
+    rollout_metrics,
+    score_completions,
+    score_metrics,
+    weighted_sum,
+)
 from rlhf_core.trainers.ppo import PPOConfig
 
 PROMPTS = [[1, 5, 6], [1, 7], [1, 8]]
@@ -51,16 +60,16 @@ def test_a_sample_without_a_score_is_left_out(tokenizer):
     assert scores.total.tolist() == [2, 0, -1]
     assert scores.valid.tolist() == [True, False, True]
     assert rounded(scores.components["judge"]) == [2, None, -1]
-    gauges = score_gauges(scores)
-    assert gauges.pop("reward_seconds") >= 0
-    assert gauges == {"score": 0.5, "score_std": 1.5, "excluded": 1}
+    metrics = score_metrics(scores)
+    assert metrics.pop("reward_seconds") >= 0
+    assert metrics == {"score": 0.5, "score_std": 1.5, "excluded": 1}
 
 
 def test_no_score_at_all_is_no_zero(tokenizer):
-    gauges = score_gauges(says(tokenizer, "judge", None, None, None)(PROMPTS, COMPLETIONS, ROWS))
-    assert math.isnan(gauges["score"])
-    assert math.isnan(gauges["score_std"])
-    assert gauges["excluded"] == 3
+    metrics = score_metrics(says(tokenizer, "judge", None, None, None)(PROMPTS, COMPLETIONS, ROWS))
+    assert math.isnan(metrics["score"])
+    assert math.isnan(metrics["score_std"])
+    assert metrics["excluded"] == 3
 
 
 # ----------------------------------------------------------------------------------------------------------------- sums
@@ -73,10 +82,10 @@ def test_a_weighted_sum_by_hand(tokenizer):
     assert rounded(scores.total) == [1.5, 1.0, 0.5]
     assert scores.valid.all()
     assert {name: values.tolist() for name, values in scores.components.items()} == {"a": [1, 2, 3], "b": [10, 0, -10]}
-    gauges = score_gauges(scores)
-    assert gauges["reward/a"] == 2  # before its weight
-    assert gauges["reward/b"] == 0
-    assert gauges["score"] == 1
+    metrics = score_metrics(scores)
+    assert metrics["reward/a"] == 2  # before its weight
+    assert metrics["reward/b"] == 0
+    assert metrics["score"] == 1
 
 
 def test_a_sum_lacks_what_one_of_its_parts_lacks(tokenizer):
@@ -84,8 +93,8 @@ def test_a_sum_lacks_what_one_of_its_parts_lacks(tokenizer):
     scores = reward(PROMPTS, COMPLETIONS, ROWS)
     assert scores.total.tolist() == [11, 0, 0]
     assert scores.valid.tolist() == [True, False, False]
-    assert score_gauges(scores)["reward/a"] == 2  # of the two that it scored
-    assert score_gauges(scores)["reward/b"] == 15
+    assert score_metrics(scores)["reward/a"] == 2  # of the two that it scored
+    assert score_metrics(scores)["reward/b"] == 15
 
 
 def test_a_weight_of_0_only_measures(tokenizer):
@@ -112,7 +121,7 @@ def test_the_time_of_each_is_taken(tokenizer):
     assert [*scores.seconds] == ["slow", "quick"]
     assert 0 < scores.seconds["quick"] < scores.seconds["slow"]
     assert scores.seconds["slow"] >= 0.05
-    assert score_gauges(scores)["reward_seconds"] == round(sum(scores.seconds.values()), 3)
+    assert score_metrics(scores)["reward_seconds"] == round(sum(scores.seconds.values()), 3)
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
@@ -120,7 +129,11 @@ def test_the_time_of_each_is_taken(tokenizer):
 
 @dataclass(frozen=True, kw_only=True)
 class Run(ScoringConfig):
-    device: str | None = "cpu"
+    """The settings of a job that scores."""
+
+
+def load_reward(config: ScoringConfig, tokenizer) -> Reward:
+    return configured_reward(config, tokenizer, device="cpu")
 
 
 @pytest.fixture
@@ -140,7 +153,7 @@ def test_one_function_is_its_own_score(functions, tokenizer):
     scores = load_reward(Run(reward_function="sum_rewards:length"), tokenizer)(PROMPTS, COMPLETIONS, ROWS)
     assert scores.total.tolist() == [2, 1, 2]
     assert [*scores.components] == ["length"]
-    assert [name for name in score_gauges(scores) if name.startswith("reward/")] == []  # it would be the score again
+    assert [name for name in score_metrics(scores) if name.startswith("reward/")] == []  # it would be the score again
 
 
 def test_model_functions_and_checkers_in_the_order_of_the_weights(functions, make_scorer, tokenizer, tmp_path):
@@ -225,16 +238,17 @@ def test_every_completion_is_scored_with_the_row_of_its_prompt():
         return Scores(total, torch.tensor([True, True, True, False]), {"one": total}, {"one": 0.5})
 
     records = [Record(prompt="p", completions=(), row={"number": number}, source="here") for number in (1, 2)]
-    rollout = Rollout(
+    rollout = Experience.sampled(
         prompts=[[5], [5], [6], [6]],
         completions=[[7, 2], [8], [9], [9, 9]],
         logprobs=torch.zeros(4, 2),
         finished=torch.tensor([True, False, False, False]),
         group_size=2,
     )
-    scores = score(reward, rollout, [Example(prompt=[5 + i], completions=(), record=r) for i, r in enumerate(records)])
+    examples = [Example(prompt=[5 + i], completions=(), record=record) for i, record in enumerate(records)]
+    scores = score_completions(reward, rollout, examples)
     assert seen == [(rollout.prompts, rollout.completions, [{"number": 1}] * 2 + [{"number": 2}] * 2)]
-    assert rollout_gauges(rollout, scores) == {
+    assert rollout_metrics(rollout, scores) == {
         "score": 2.0, "score_std": pytest.approx((2 / 3) ** 0.5), "excluded": 1, "reward_seconds": 0.5,
         "length": 1.5, "eos_rate": 0.25,
     }  # fmt: skip
@@ -248,15 +262,15 @@ def test_gsm8k_from_file_to_score(shared):
     examples = load_examples(data, tokenizer, need="prompts")
     solutions = [tokenizer(example.record.row["response"])["input_ids"] for example in examples]
     pairs = list(zip(solutions, solutions[1:] + solutions[:1], strict=True))
-    rollout = Rollout(
+    rollout = Experience.sampled(
         prompts=[example.prompt for example in examples for _ in range(2)],
         completions=[ids for pair in pairs for ids in pair],
-        logprobs=torch.zeros(80, 1),
+        logprobs=torch.zeros(80, max(map(len, solutions))),
         finished=torch.zeros(80, dtype=torch.bool),
         group_size=2,
     )
     reward = load_reward(Run(checker=r"numeric,regex:####,format", reward_weights="1,0.5,1"), tokenizer)
-    scores = score(reward, rollout, examples)
+    scores = score_completions(reward, rollout, examples)
     answers = [int(example.record.row["answer"].replace(",", "")) for example in examples]
     same = [float(a == b) for a, b in zip(answers, answers[1:] + answers[:1], strict=True)]
     assert scores.valid.all()

@@ -143,10 +143,10 @@ def test_sums_of_sources_add_up_token_by_token(tokenizer):
 
 
 @pytest.mark.parametrize("rows", [slice(0, 3, 2), torch.tensor([True, False, True]), [0, 2]], ids=str)
-def test_keeping_rows(tokenizer, rows):
+def test_selecting_rows(tokenizer, rows):
     scores = scores_of([[1.0, 2.0, 3.0], None, 4.0], tokenizer)
-    kept = scores.keep(rows)
+    kept = scores.select(rows)
     assert kept.total.tolist() == [6.0, 4.0] == kept.components["judge"].tolist()
     assert kept.valid.tolist() == [True, True]
     assert kept.tokens.tolist() == [[1.0, 2.0, 3.0], [0.0] * 3]
-    assert scores._replace(tokens=None).keep(rows).tokens is None
+    assert scores._replace(tokens=None).select(rows).tokens is None

@@ -1,20 +1,19 @@
-"""Several samples of a prompt, values on the way, rows that leave early; and what a rollout of groups can do."""
+"""Several completions of a prompt, values, rows that leave early."""
 
 from __future__ import annotations
 
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers.cache_utils import DynamicLayer
 
 from rlhf_core.config import SamplingConfig
-from rlhf_core.models.forward import find_route, policy_outputs, token_logprobs
+from rlhf_core.models.forward import policy_outputs, prepare
 from rlhf_core.models.heads import ValueHead
 from rlhf_core.rollout import sampling
-from rlhf_core.rollout.sampling import Rollout, sample
-from rlhf_core.rollout.steps import act
+from rlhf_core.rollout.engines import sample_completions
+from rlhf_core.rollout.sampling import sample
 from rlhf_core.seeding import generator
 from tests.rollout.test_sampling import draw, sample_by_hand
 
@@ -32,10 +31,9 @@ def head_of(policy) -> ValueHead:
 
 @pytest.fixture
 def widths():
-    """widths(policy): the shapes of the inputs of every forward of its trunk that follows, the probe's excepted."""
+    """widths(policy): the shapes of the inputs of every forward of its trunk that follows."""
 
     def watch(policy) -> list[tuple[int, int]]:
-        find_route(policy)
         shapes: list[tuple[int, int]] = []
         policy.base_model.register_forward_pre_hook(
             lambda module, args, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
@@ -73,7 +71,7 @@ def test_samples_do_not_depend_on_the_batch(make_policy, prompts, family):
     """Batches that hold several groups, one, parts of one, or the end of one and the start of another."""
     policy = make_policy(family)
     together = draw(policy, prompts, n=4, stop_ids=OFTEN, value_head=head_of(policy))
-    for batch_size in (1, 3, 4, 5, 9, 24):
+    for batch_size in (1, 3, 5, 9):
         parts = draw(policy, prompts, n=4, stop_ids=OFTEN, value_head=head_of(policy), batch_size=batch_size)
         assert parts.completions == together.completions
         assert torch.equal(parts.finished, together.finished)
@@ -91,7 +89,7 @@ def test_a_prompt_is_computed_once_and_rows_that_ended_no_more(make_policy, prom
     for t, (height, width) in enumerate(shapes[1:], start=1):
         running = sum(len(completion) > t for completion in rollout.completions)
         assert width == 1
-        assert running <= height <= max(running / (1 - sampling._ENDED_SHARE), 1)
+        assert running <= height <= max(running / (1 - sampling._FINISHED_SHARE), 1)
         rows.append(height)
     assert rows == sorted(rows, reverse=True)
     assert rows[0] < 24
@@ -110,7 +108,6 @@ def test_prompts_of_one_length_need_no_mask(make_policy):
     """Without a padding mask as with one, which a longer prompt beside them makes necessary."""
     policy, equal = make_policy(), [[5, 6, 7], [8, 9, 10], [11, 12, 13]]
     masks = []
-    find_route(policy)
     policy.base_model.register_forward_pre_hook(
         lambda module, args, inputs: masks.append(inputs["attention_mask"]), with_kwargs=True
     )
@@ -133,7 +130,6 @@ def test_no_samples_is_an_error(make_policy, prompts, n):
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_a_broken_policy_is_named_as_such(make_policy, prompts, value, temperature):
     policy = make_policy(tie_word_embeddings=False)
-    find_route(policy)
     with torch.no_grad():
         policy.lm_head.weight[7] = value
     with pytest.raises(ValueError, match="prompt 0, sample 0, token 0: the policy's logits are not finite"):
@@ -193,7 +189,7 @@ def test_recording_values_changes_no_sample(make_policy, prompts):
 def test_groups_of_stories(stories):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    policy = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32).eval()
+    policy = prepare(AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32)).eval()
     tokenizer = AutoTokenizer.from_pretrained(stories)
     prompts = [tokenizer(text)["input_ids"] for text in ("Once upon a time", "Lily", "The dog ran to the big red")]
     head = head_of(policy)
@@ -205,107 +201,16 @@ def test_groups_of_stories(stories):
     assert len({tuple(completion) for completion in rollout.completions}) == 24
 
 
-# ------------------------------------------------------------------------------------------------------------ a rollout
-
-
-@pytest.fixture
-def groups() -> Rollout:
-    """Two prompts, three completions each, made up."""
-    completions = [[5], [6, 7, 8], [9, 10], [11, 12], [13], [14, 15]]
-    return Rollout(
-        prompts=[[1, 2, 3] * 8] * 3 + [[4] * 24] * 3,
-        completions=completions,
-        logprobs=torch.tensor([[float(token) for token in line] + [0.0] * (3 - len(line)) for line in completions]),
-        finished=torch.tensor([True, False, True, True, False, False]),
-        values=torch.arange(18.0).view(6, 3),
-        group_size=3,
-    )
-
-
-def test_a_group_shares_its_prompt(groups):
-    batch = groups.pack()
-    assert batch.num_tokens == 24 + 6 + 24 + 5
-    assert batch.completion_ids()[1].tolist() == [6, 7, 8]
-    assert batch.completion_mask.sum(-1).tolist() == [1, 3, 2, 2, 1, 2]
-
-
-def test_only_neighbours_of_a_group_share(groups):
-    """Rows 0 and 2 stand together, 3 alone, 1 comes too late; the order is that of the rows asked for."""
-    batch = groups.pack([2, 0, 3, 1], width=5)
-    assert batch.num_tokens == 24 + 2 + 1 + 24 + 2 + 24 + 3
-    assert batch.completion_ids().tolist() == [[9, 10, 0, 0, 0], [5, 0, 0, 0, 0], [11, 12, 0, 0, 0], [6, 7, 8, 0, 0]]
-
-
-def test_rows_of_different_groups_with_one_prompt_are_apart(groups):
-    from dataclasses import replace
-
-    alone = replace(groups, group_size=1)
-    assert alone.pack().num_tokens == 6 * 24 + 11
-
-
-def test_batches_cut_groups_where_they_must(groups):
-    parts = list(groups.packs(4))
-    assert [part.num_completions for part in parts] == [4, 2]
-    assert [part.num_tokens for part in parts] == [24 + 6 + 24 + 2, 24 + 3]
-    assert all(part.completion_mask.shape[1] == 3 for part in parts)
-
-
-def test_shared_or_not_the_policy_says_the_same(make_policy, prompts):
-    from dataclasses import replace
-
-    policy = make_policy().eval()
-    rollout = draw(policy, [prompt * 5 for prompt in prompts], n=3, stop_ids=OFTEN)
-    shared, apart = rollout.pack(), replace(rollout, group_size=1).pack()
-    assert shared.num_tokens < apart.num_tokens
-    with torch.no_grad():
-        torch.testing.assert_close(token_logprobs(policy, shared), token_logprobs(policy, apart), rtol=1e-5, atol=1e-5)
-
-
-def test_keeping_rows(groups):
-    kept = groups.keep([4, 0, 2])
-    assert kept.completions == [[13], [5], [9, 10]]
-    assert kept.prompts == [[4] * 24, [1, 2, 3] * 8, [1, 2, 3] * 8]
-    assert kept.logprobs.tolist() == [[13, 0], [5, 0], [9, 10]]
-    assert kept.values.tolist() == [[12, 13], [0, 1], [6, 7]]
-    assert kept.finished.tolist() == [False, True, True]
-    assert kept.group_size == 1
-    assert kept.pack().completion_mask.shape == kept.logprobs.shape
-
-
-@pytest.mark.parametrize(
-    ("rows", "size"),
-    [
-        ([3, 4, 5], 3),
-        ([3, 4, 5, 0, 1, 2], 3),
-        ([0, 1, 2, 0, 1, 2], 3),
-        ([0, 1], 1),
-        ([1, 2, 3], 1),
-        ([0, 2, 1], 1),
-        ([0, 1, 2, 3], 1),
-        ([3], 1),
-    ],
-)
-def test_whole_groups_stay_groups(groups, rows, size):
-    kept = groups.keep(rows)
-    assert kept.group_size == size
-    assert kept.completions == [groups.completions[row] for row in rows]
-
-
-def test_something_must_be_kept(groups):
-    with pytest.raises(ValueError, match="at least one row"):
-        groups.keep([])
-
-
 # ------------------------------------------------------------------------------------------------------------ the cache
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_cache_with_room_is_a_cache(seed):
-    """Against transformers' own layer, through appends of many lengths, the room's and more, and rows that leave."""
+def test_a_preallocated_layer_is_a_cache(seed):
+    """Against transformers' own layer: appends of many lengths, as many as are allocated and more; rows that leave."""
     torch.manual_seed(seed)
-    ours, theirs, rows = sampling._RoomyLayer(), DynamicLayer(), 5
+    ours, theirs, rows = sampling._PreallocatedLayer(), DynamicLayer(), 5
     ours.batch_select_indices(torch.tensor([0]))  # before there is anything
-    for length in (7, 1, 1, 30, 1, sampling._ROOM, 2 * sampling._ROOM + 3, 1, 1):
+    for length in (7, 1, 1, 30, 1, sampling._GROWTH, 2 * sampling._GROWTH + 3, 1, 1):
         new = torch.randn(2, rows, 2, length, 4)
         for mine, other in zip(ours.update(*new), theirs.update(*new), strict=True):
             assert torch.equal(mine, other)
@@ -319,31 +224,31 @@ def test_a_cache_with_room_is_a_cache(seed):
         assert torch.equal(ours.values, theirs.values)
 
 
-def test_completions_longer_than_the_room(make_policy, prompts):
-    length = sampling._ROOM + 10
+def test_completions_longer_than_what_is_allocated(make_policy, prompts):
+    length = sampling._GROWTH + 10
     rollout = draw(make_policy(), prompts[:2], n=2, max_new_tokens=length)
     completions, logprobs = sample_by_hand(make_policy(), prompts[:2], n=2, max_new_tokens=length)
     assert rollout.completions == completions
     torch.testing.assert_close(rollout.logprobs, logprobs, rtol=1e-5, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------- the step
+# --------------------------------------------------------------------------------------------------------- the settings
 
 
-def test_act_draws_for_its_purpose(make_policy, make_tokenizer, prompts):
+def test_completions_are_sampled_by_the_settings(make_policy, make_tokenizer, prompts):
     policy, tokenizer = make_policy(), make_tokenizer(eos_token="w2")
     policy.generation_config.eos_token_id = 2
     head = head_of(policy)
-    rows = [SimpleNamespace(prompt=prompt) for prompt in prompts]
-    config = SimpleNamespace(seed=3, sampling=SamplingConfig(max_new_tokens=7, temperature=0.7, batch_size=5))
-    rollout = act(policy, tokenizer, rows, config, "rollout", 4, n=2, value_head=head)
+    config = SamplingConfig(max_new_tokens=7, temperature=0.7, batch_size=5)
+    numbers = generator(3, "rollout", 4)
+    rollout = sample_completions(policy, tokenizer, prompts, config, numbers, n=2, value_head=head)
     expected = sample(
         policy, prompts, 2, max_new_tokens=7, temperature=0.7, stop_ids=frozenset({2}),
         generator=generator(3, "rollout", 4), value_head=head,
     )  # fmt: skip
     assert rollout.completions == expected.completions
     torch.testing.assert_close(rollout.values, expected.values, rtol=1e-4, atol=1e-4)
-    other = act(policy, tokenizer, rows, config, "rollout", 5)
+    other = sample_completions(policy, tokenizer, prompts, config, generator(3, "rollout", 5))
     assert other.completions != [rollout.completions[row] for row in range(0, 12, 2)]
     assert other.values is None
 

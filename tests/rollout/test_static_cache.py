@@ -7,9 +7,9 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM, StaticCache
 
 from rlhf_core.config import ConfigError, SamplingConfig
-from rlhf_core.models.forward import find_route, token_logprobs
+from rlhf_core.models.forward import prepare, route_of, token_logprobs
 from rlhf_core.models.heads import ValueHead
-from rlhf_core.rollout import steps
+from rlhf_core.rollout import engines
 from rlhf_core.rollout.sampling import sample
 
 OFTEN = frozenset(range(8))  # stop tokens that come at many different places
@@ -28,7 +28,7 @@ def head_of(policy) -> ValueHead:
 def test_a_policy_that_calls_its_decoder_and_not_its_trunk():
     torch.manual_seed(0)
     sizes = dict(hidden_size=16, ffn_dim=24, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16)
-    policy = OPTForCausalLM(OPTConfig(vocab_size=40, max_position_embeddings=64, **sizes)).eval()
+    policy = prepare(OPTForCausalLM(OPTConfig(vocab_size=40, max_position_embeddings=64, **sizes))).eval()
     rollout = sample(policy, [[5, 6, 7], [9]], 2, max_new_tokens=6, stop_ids=OFTEN, generator=numbers())
     batch = rollout.pack()
     expected = token_logprobs(policy, batch)[batch.completion_mask]
@@ -40,7 +40,7 @@ def test_a_policy_that_calls_its_decoder_and_not_its_trunk():
 def test_samples_are_those_of_the_dynamic_cache(make_policy, prompts, family, n, batch_size):
     """Token for token; log-probs and values differ by the rounding of sums over more places, of weight 0."""
     policy = make_policy(family)
-    assert find_route(policy).layout == "packed"
+    assert route_of(policy).layout == "packed"
     options = dict(
         max_new_tokens=12, stop_ids=OFTEN, temperature=0.8, batch_size=batch_size, value_head=head_of(policy)
     )
@@ -55,9 +55,8 @@ def test_samples_are_those_of_the_dynamic_cache(make_policy, prompts, family, n,
 
 @pytest.mark.parametrize("same_length", [True, False])
 def test_no_shape_ever_changes(make_policy, prompts, same_length):
-    """After the prompts' own turn: neither the tokens that go in, nor a key; whoever has ended stays."""
+    """After the forward of the prompts: neither the input tokens, nor a key; finished rows stay."""
     policy = make_policy()
-    find_route(policy)
     prompts = [prompt[:3] for prompt in prompts if len(prompt) >= 3] if same_length else prompts
     seen = []
 
@@ -79,10 +78,10 @@ def test_no_shape_ever_changes(make_policy, prompts, same_length):
 
 def test_the_setting_reaches_the_decoder(make_policy, make_tokenizer, prompts, monkeypatch):
     asked = []
-    monkeypatch.setattr(steps, "sample", lambda *args, **options: asked.append(options["cache"]))
+    monkeypatch.setattr(engines, "sample", lambda *args, **options: asked.append(options["cache"]))
     tokenizer = make_tokenizer(unk_token="w0", eos_token="w2")
     for cache in ("static", "dynamic"):
-        steps.roll_out(make_policy(), tokenizer, prompts, SamplingConfig(kv_cache=cache), numbers())
+        engines.sample_completions(make_policy(), tokenizer, prompts, SamplingConfig(kv_cache=cache), numbers())
     assert asked == ["static", "dynamic"]
     with pytest.raises(ConfigError, match="kv_cache='static': expected dynamic, because engine='continuous' has"):
         SamplingConfig(engine="continuous", kv_cache="static")

@@ -23,6 +23,7 @@ from rlhf_core.config import OnPolicyConfig, OptimConfig, RunConfig, SamplingCon
 from rlhf_core.demo.language import build_tokenizer
 from rlhf_core.trainers import dpo, grpo, kto, online_dpo, ppo, raft, reinforce, reward, rloo, rrhf, sft
 from rlhf_core.training.run import Interrupted, Run
+from tests.trainers.plain import grouped
 
 # Prompts and answers of different lengths, so that masks and padding matter. All words are Lumo's.
 PROMPTS = ["solano peta", "tavelu lari kapi lumira", "galosh", "lakune musa sorune", "zarak goni", "borak tesu vesa",
@@ -50,9 +51,10 @@ STEADY = OptimConfig(lr=3e-3, schedule="linear", eps=1e-3)
 
 @dataclass
 class Outcome:
-    """What a run left in its folder."""
+    """What a run left in its folder, and what `train` returned."""
 
     config: RunConfig
+    result: dict[str, float]
 
     @property
     def folder(self) -> Path:
@@ -96,24 +98,23 @@ JOBS: dict[str, tuple[Any, Any, dict[str, Any]]] = {  # name: (module, config, t
     "dpo": (dpo, dpo.DPOConfig, {}),
     "kto": (kto, kto.KTOConfig, {"beta": 0.5, "desirable_weight": 1.5, "undesirable_weight": 0.3}),
     "simpo": (dpo, dpo.SimPOConfig, {}),
-    "ppo-head": (ppo, ppo.PPOConfig, {"value": "head"}),
-    "ppo-policy": (ppo, ppo.PPOConfig, {"value": "policy"}),
-    "ppo-reward": (ppo, ppo.PPOConfig, {"value": "reward"}),
+    "ppo-head": (ppo, ppo.PPOConfig, {"value__model": "head"}),
+    "ppo-policy": (ppo, ppo.PPOConfig, {"value__model": "policy"}),
+    "ppo-reward": (ppo, ppo.PPOConfig, {"value__model": "reward"}),
     "grpo": (grpo, grpo.GRPOConfig, {}),
     "rloo": (rloo, rloo.RLOOConfig, {}),
     "reinforce": (reinforce, reinforce.ReinforceConfig, {"baseline": "remax"}),
     "online-dpo": (online_dpo, online_dpo.OnlineDPOConfig, {"minibatch_size": 12, "rollout_epochs": 1}),
-    "raft": (raft, raft.RAFTConfig, {"kl_coef": 1.0}),
+    "raft": (raft, raft.RAFTConfig, {"kl__coef": 1.0}),
     "rrhf": (rrhf, rrhf.RRHFConfig, {}),
 }
 DATA = {"sft": "sft", "sft-noisy": "weighted", "sft-smooth": "weighted", "reward": "pairs",
         "reward-ensemble": "margins", "reward-rankings": "rankings", "reward-steps": "steps", "dpo": "pairs",
         "kto": "labelled", "simpo": "pairs"}  # fmt: skip
-PPO = dict(
-    minibatch_size=4, ppo_epochs=2, kl_coef=0.2, kl_horizon=20, kl_target=0.1, sampling=SamplingConfig(max_new_tokens=5)
-)
+PPO = dict(minibatch_size=4, rollout_epochs=2, kl__coef=0.2, kl__horizon=20, kl__target=0.1,
+           sampling=SamplingConfig(max_new_tokens=5))  # fmt: skip
 CRITIC_FREE = dict(
-    num_generations=2, minibatch_size=4, rollout_epochs=2, kl_coef=0.2, sampling=SamplingConfig(max_new_tokens=5)
+    num_generations=2, minibatch_size=4, rollout_epochs=2, kl__coef=0.2, sampling=SamplingConfig(max_new_tokens=5)
 )
 BY_CHOICE = dict(num_generations=3, minibatch_size=4, rollout_epochs=2, sampling=SamplingConfig(max_new_tokens=5))
 
@@ -174,7 +175,10 @@ def write_reward_data(folder: Path, pairs: list[dict[str, str]]) -> None:
 
 @pytest.fixture(scope="session")
 def configure(material, tmp_path_factory) -> Callable[..., RunConfig]:
-    """configure(job, **changes): settings of a short run of the job, each in a folder of its own."""
+    """configure(job, **changes): settings of a short run of the job, each in a folder of its own.
+
+    `kl__coef=0.1` is the setting `kl.coef`.
+    """
     number, runs = itertools.count(), tmp_path_factory.mktemp("runs")
 
     def build(job: str, **changes: Any) -> RunConfig:
@@ -199,7 +203,7 @@ def configure(material, tmp_path_factory) -> Callable[..., RunConfig]:
             settings |= CRITIC_FREE
         if job in ("online-dpo", "raft", "rrhf"):
             settings = BY_CHOICE | settings
-        return kind(**settings | changes)
+        return kind(**grouped(settings | changes))
 
     return build
 
@@ -211,9 +215,7 @@ def train(configure) -> Callable[..., Outcome]:
     def run(job: str | RunConfig, **changes: Any) -> Outcome:
         config = configure(job, **changes) if isinstance(job, str) else job
         module = next(module for module, kind, _ in JOBS.values() if kind is type(config))
-        result = module.train(config)
-        assert result is not None
-        return Outcome(config)
+        return Outcome(config, module.train(config))
 
     return run
 

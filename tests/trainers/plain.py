@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+
+from rlhf_core.rollout import online
+from rlhf_core.rollout.experience import Experience
+from rlhf_core.rollout.online import OnlineRun
+from rlhf_core.rollout.rewards import Scores
+from rlhf_core.training import run as run_module
 
 # ------------------------------------------------------------------------------------- rewards, as a config names them
 
@@ -46,42 +53,66 @@ def by_prompt(prompts, completions, rows):
     return [0.5 if len(prompt.split()) < 3 else score for prompt, score in zip(prompts, scores, strict=True)]
 
 
+# ------------------------------------------------------------------------------------------------- settings of a run
+
+
+def sweep(names: Iterable[str], fast: Collection[str]) -> list[Any]:
+    """Return the values of a parameter, those that are not in `fast` with the mark `slow`."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def grouped(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with each `kl__coef` as part of a group `kl`, whose other fields keep the job's defaults."""
+    plain = {name: value for name, value in settings.items() if "__" not in name}
+    for name, value in settings.items():
+        group, _, field = name.partition("__")
+        if field:
+            before = plain.get(group, {})
+            plain[group] = (before if isinstance(before, dict) else {"path": before}) | {field: value}
+    return plain
+
+
 # ------------------------------------------------------------------------------------------------- what a run has done
 
 
 @dataclass
 class Played:
-    """One call of `act`: what it was for, the policy as it then was, and what it sampled."""
+    """One call of `OnlineRun.sample`: its purpose, copies of the models as they then were, and what was sampled."""
 
     purpose: tuple
     policy: Any
-    rollout: Any
+    reference: Any
+    critic: Any
+    rollout: Experience
+    scores: Scores | None = None
 
 
-def record(monkeypatch: pytest.MonkeyPatch, module: Any) -> tuple[list[Played], list[Any]]:
-    """Lists that fill with what the trainer in `module` plays, and the scores that each of it gets."""
+def record(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Played], list[Scores]]:
+    """Return lists that fill with what the runs that follow sample, and with the reward's scores of it."""
     played: list[Played] = []
-    scored: list[Any] = []
-    act, score = module.act, module.score
+    scored: list[Scores] = []
+    sample, score = OnlineRun.sample, online.score_completions
 
-    def watch_act(policy, tokenizer, rows, config, *purpose, **options):
-        rollout = act(policy, tokenizer, rows, config, *purpose, **options)
-        played.append(Played(purpose, copy.deepcopy(policy), rollout))
+    def watch_sample(self, model, rows, *purpose, **options):
+        models = [copy.deepcopy(each) for each in (model, self.reference, self._models.get("critic"))]
+        rollout = sample(self, model, rows, *purpose, **options)
+        played.append(Played(purpose, *models, rollout))
         return rollout
 
     def watch_score(*args):
-        scored.append(score(*args))
+        played[-1].scores = score(*args)
+        scored.append(played[-1].scores)
         return scored[-1]
 
-    monkeypatch.setattr(module, "act", watch_act)
-    monkeypatch.setattr(module, "score", watch_score)
+    monkeypatch.setattr(OnlineRun, "sample", watch_sample)
+    monkeypatch.setattr(online, "score_completions", watch_score)
     return played, scored
 
 
-def descend(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
-    """Plain gradient descent in place of AdamW, so that weights tell gradients."""
+def descend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain gradient descent in place of AdamW, so that weights show gradients."""
     monkeypatch.setattr(
-        module,
+        run_module,
         "build_optimizer",
         lambda models, config: torch.optim.SGD([p for model in models for p in model.parameters()], lr=config.lr),
     )
@@ -128,8 +159,8 @@ def spread(values: list[float], correction: int = 0) -> float:
     return (sum((value - mean(values)) ** 2 for value in values) / (len(values) - correction)) ** 0.5
 
 
-def expected_gauges(played: Played, scores, reference, temperature: float, *, left_out: tuple[int, ...] = ()) -> dict:
-    """The gauges that all critic-free trainers have; of `left_out` rows the log-probs do not count."""
+def expected_metrics(played: Played, scores, reference, temperature: float, *, left_out: tuple[int, ...] = ()) -> dict:
+    """The metrics that all critic-free trainers have; of `left_out` rows the log-probs do not count."""
     rollout = played.rollout
     logprobs, entropies, kls = all_logprobs(played.policy, rollout, temperature), [], []
     ref_logprobs = all_logprobs(reference, rollout, temperature)

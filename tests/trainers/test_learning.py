@@ -11,6 +11,7 @@ from rlhf_core.data.loader import load_examples, micro_batches
 from rlhf_core.losses import preference
 from rlhf_core.models.forward import sequence_scores, token_logprobs
 from rlhf_core.models.load import load_policy, load_reward_model
+from tests.trainers.plain import sweep
 
 FAST = OptimConfig(lr=2e-2, schedule="constant")
 LIKED, DISLIKED = "dolo", "misu"
@@ -43,6 +44,7 @@ def test_sft_memorises_its_rows(train, material):
     assert metrics[-1]["eval_nll"] < 0.2
 
 
+@pytest.mark.slow
 def test_sft_with_its_sign_flipped_does_not(train, material, monkeypatch):
     module = importlib.import_module("rlhf_core.trainers.sft")
     original = module.sft_loss
@@ -73,8 +75,8 @@ def test_the_loss_of_sft_is_the_mean_over_all_tokens_of_the_step(train, material
 def judge(train, folder, *, swapped: bool, **changes) -> dict[str, float]:
     """The last evaluation on subjects that were not trained on."""
     data = pairs_file(folder, "train.jsonl", SUBJECTS[:6], swapped=swapped)
-    held_out = pairs_file(folder, "held_out.jsonl", SUBJECTS[6:])
-    run = train("reward", data=data, eval_data=held_out, max_steps=15, optim=FAST, **changes)
+    evaluation = pairs_file(folder, "evaluation.jsonl", SUBJECTS[6:])
+    run = train("reward", data=data, eval_data=evaluation, max_steps=15, optim=FAST, **changes)
     return run.metrics[-1]
 
 
@@ -113,9 +115,9 @@ def test_the_numbers_of_a_reward_model_are_means_over_pairs(train, material, siz
 
 def prefer(train, folder, *, swapped: bool, **changes) -> list[dict[str, float]]:
     data = pairs_file(folder, "train.jsonl", SUBJECTS[:6], swapped=swapped)
-    held_out = pairs_file(folder, "held_out.jsonl", SUBJECTS[6:])
+    evaluation = pairs_file(folder, "evaluation.jsonl", SUBJECTS[6:])
     changes = {"beta": 0.5} | changes
-    return train("dpo", data=data, eval_data=held_out, max_steps=15, optim=FAST, **changes).metrics
+    return train("dpo", data=data, eval_data=evaluation, max_steps=15, optim=FAST, **changes).metrics
 
 
 def test_dpo_prefers_the_liked_word(train, tmp_path):
@@ -136,9 +138,9 @@ def test_dpo_of_swapped_pairs_prefers_the_other(train, tmp_path):
 BY_NAME = sorted(name for name, entry in preference.PREFERENCE_LOSSES.items() if not entry.needs)
 
 
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("name", sweep(BY_NAME, ("hinge", "sppo_hard")))
 def test_every_loss_by_name_learns_the_preference_and_its_opposite(train, tmp_path, name):
-    """On held-out subjects; trained on swapped pairs, the same loss learns the other taste."""
+    """On evaluation subjects; trained on swapped pairs, the same loss learns the other taste."""
     smoothing = {"label_smoothing": 0.1} if name == "exo_pair" else {}
     for swapped in (False, True):
         accuracy = prefer(train, tmp_path, swapped=swapped, loss=name, **smoothing)[-1]["eval_accuracy"]
@@ -155,7 +157,7 @@ def test_a_loss_with_an_nll_term_ignores_micro_batches(train, material, name):
 
 def test_a_cached_reference_gives_the_same_run(train, tmp_path):
     """Cached or asked at every step: the same metrics and weights. By itself it is cached from the second epoch on."""
-    live, cached = (train("dpo", epochs=3, cache_reference=choice) for choice in ("off", "on"))
+    live, cached = (train("dpo", epochs=3, reference__cache=choice) for choice in ("off", "on"))
     for row, other in zip(live.metrics, cached.metrics, strict=True):
         row["accuracy"] = other["accuracy"] if row["step"] == 1 else row["accuracy"]  # ties, told apart by rounding
         assert other == pytest.approx(row, rel=1e-3, abs=1e-6)
@@ -168,7 +170,7 @@ def test_a_cached_reference_gives_the_same_run(train, tmp_path):
 
 def test_a_cache_is_shared_between_runs_and_by_other_settings_of_the_loss(train, tmp_path, monkeypatch):
     module = importlib.import_module("rlhf_core.training.reference_cache")
-    shared = dict(cache_reference="on", reference_cache=str(tmp_path / "shared"))
+    shared = dict(reference__cache="on", reference__cache_folder=str(tmp_path / "shared"))
     first = train("dpo", **shared)
     monkeypatch.setattr(module, "token_logprobs", lambda *args, **options: pytest.fail("the reference was asked"))
     assert train("dpo", **shared).same_weights(first)
@@ -193,7 +195,7 @@ def test_dpo_against_another_reference_does_not_start_at_ln_2(train, plain_run):
 
 
 def test_the_reference_of_dpo_stays(train, monkeypatch):
-    module = importlib.import_module("rlhf_core.trainers.dpo")
+    module = importlib.import_module("rlhf_core.training.reference")
     held = []
     original = module.load_reference
 
@@ -215,7 +217,7 @@ def test_a_preference_loss_without_a_reference_loads_none(train, monkeypatch):
         needs_reference=False,
     )
     monkeypatch.setitem(preference.PREFERENCE_LOSSES, "mine", entry)
-    monkeypatch.setattr("rlhf_core.trainers.dpo.load_reference", lambda *args, **options: pytest.fail("loaded"))
+    monkeypatch.setattr("rlhf_core.training.reference.load_reference", lambda *args, **options: pytest.fail("loaded"))
     metrics = train("dpo", loss="mine", batch_size=10).metrics
     assert metrics[-1]["loss"] < metrics[0]["loss"]
 
@@ -227,7 +229,7 @@ def please(train, function: str, value: str = "head") -> tuple[float, float]:
     """Liked words a completion at the start and at the end."""
     run = train(
         "ppo-" + value, reward_function=f"lumo_rewards:{function}", batch_size=40, minibatch_size=20, max_steps=12,
-        epochs=99, kl_coef=0.01, kl_target=None, optim=OptimConfig(lr=1e-2, schedule="constant"),
+        epochs=99, kl__coef=0.01, kl__target=None, optim=OptimConfig(lr=1e-2, schedule="constant"),
         sampling=SamplingConfig(max_new_tokens=4),
     )  # fmt: skip
     sign = 1 if function == "likes" else -1
@@ -235,18 +237,20 @@ def please(train, function: str, value: str = "head") -> tuple[float, float]:
     return scores[0], sum(scores[-3:]) / 3
 
 
-@pytest.mark.parametrize("value", ["head", "policy"])
+@pytest.mark.parametrize("value", sweep(["head", "policy"], ("head",)))
 def test_ppo_says_what_is_rewarded_more_often(train, value):
     start, end = please(train, "likes", value)
     assert start < 0.5
     assert end > 1.5
 
 
+@pytest.mark.slow
 def test_ppo_with_its_reward_negated_does_not(train):
     start, end = please(train, "dislikes")
     assert end <= start < 0.5
 
 
+@pytest.mark.slow
 def test_ppo_with_its_advantages_negated_does_not(train, monkeypatch):
     module = importlib.import_module("rlhf_core.trainers.ppo")
     original = module.masked_whiten

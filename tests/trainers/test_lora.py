@@ -71,11 +71,11 @@ def test_every_trainer_trains_an_adapter_and_nothing_else(train, material, job):
 
 
 def test_the_first_loss_of_dpo_is_ln_2_and_the_first_ratio_of_ppo_1(train):
-    dpo = train("dpo", lora=LORA, max_steps=2, cache_reference="off", optim=FAST)
+    dpo = train("dpo", lora=LORA, max_steps=2, reference__cache="off", optim=FAST)
     assert dpo.metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert dpo.metrics[0]["margin"] == 0.0  # to the bit
     assert dpo.metrics[1]["margin"] != 0.0
-    ppo = train("ppo-head", lora=LORA, max_steps=2, ppo_epochs=1, minibatch_size=6, optim=FAST)
+    ppo = train("ppo-head", lora=LORA, max_steps=2, rollout_epochs=1, minibatch_size=6, optim=FAST)
     assert ppo.metrics[0]["kl"] == 0.0
     assert ppo.metrics[0]["ratio_max"] == 1.0
     assert ppo.metrics[1]["kl"] != 0.0
@@ -84,7 +84,7 @@ def test_the_first_loss_of_dpo_is_ln_2_and_the_first_ratio_of_ppo_1(train):
 @pytest.mark.parametrize("job", ["ppo-head", "ppo-policy"])
 def test_an_adapter_that_was_trained_with_dropout_drops_nothing_where_policies_are_compared(train, job):
     adapter = train("sft", lora=replace(LORA, dropout=0.5), max_steps=2, optim=FAST).folder
-    goes_on = train(job, model=adapter, max_steps=1, ppo_epochs=1, minibatch_size=6)
+    goes_on = train(job, model=adapter, max_steps=1, rollout_epochs=1, minibatch_size=6)
     assert goes_on.metrics[0]["kl"] == pytest.approx(0, abs=1e-5)
     assert goes_on.metrics[0]["ratio_max"] == 1.0
 
@@ -100,22 +100,22 @@ def test_the_base_of_an_adapter_is_not_written_over(train):
 @pytest.mark.parametrize("quantize", ["8bit", "4bit"])
 def test_quantised_models_train_and_start_where_their_reference_is(train, wide, quantize):
     options = dict(model=wide, lora=LORA, quantize=quantize, optim=FAST)
-    dpo = train("dpo", max_steps=4, cache_reference="off", **options)
+    dpo = train("dpo", max_steps=4, reference__cache="off", **options)
     assert dpo.metrics[0]["margin"] == 0.0
     assert dpo.metrics[3]["loss"] < 0.9 * dpo.metrics[0]["loss"]
-    ppo = train("ppo-policy", max_steps=1, ppo_epochs=1, minibatch_size=6, **options)
+    ppo = train("ppo-policy", max_steps=1, rollout_epochs=1, minibatch_size=6, **options)
     assert (ppo.metrics[0]["kl"], ppo.metrics[0]["ratio_max"]) == (0.0, 1.0)
 
 
 RESUMED = {
     "sft": {"lora": replace(LORA, dropout=0.3)},
     "reward": {"lora": LORA},
-    "dpo": {"lora": LORA, "cache_reference": "off"},
-    "dpo-moving": {"lora": LORA, "reference_update": "ema", "reference_rate": 0.5},
-    "dpo-4bit": {"lora": LORA, "quantize": "4bit", "cache_reference": "on"},
+    "dpo": {"lora": LORA, "reference__cache": "off"},
+    "dpo-moving": {"lora": LORA, "reference__update": "ema", "reference__rate": 0.5},
+    "dpo-4bit": {"lora": LORA, "quantize": "4bit", "reference__cache": "on"},
     "ppo-head": {"lora": LORA},
     "ppo-policy": {"lora": replace(LORA, dora=True)},
-    "ppo-moving": {"lora": LORA, "reference_update": "sync"},
+    "ppo-moving": {"lora": LORA, "reference__update": "sync"},
 }
 
 
@@ -142,7 +142,7 @@ def test_sft_with_an_adapter_learns_and_dropout_is_in_it(train, material):
 
 def test_training_goes_on_from_an_adapter_with_its_start_as_reference(train, material):
     started = train("sft", lora=LORA, max_steps=4, optim=FAST).folder
-    options = dict(model=started, max_steps=2, cache_reference="off", optim=FAST)
+    options = dict(model=started, max_steps=2, reference__cache="off", optim=FAST)
     own = train("dpo", **options)
     assert own.metrics[0]["margin"] == 0.0
     of_base = train("dpo", **options, reference=material / "policy")
@@ -152,7 +152,7 @@ def test_training_goes_on_from_an_adapter_with_its_start_as_reference(train, mat
     assert not any(torch.equal(first[name], second[name]) for name in first)
     settings = json.loads((own.folder / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(material / "policy")  # not the adapter it came from
-    with pytest.raises(ValueError, match="is an adapter, which goes on being trained as it is"):
+    with pytest.raises(ValueError, match="is an adapter, and training continues with it: expected no lora settings"):
         train("dpo", **options, lora=LORA)
 
 
@@ -163,7 +163,7 @@ def test_cached_reference_logprobs_are_those_of_the_base(train, material):
     def key(path: Path, **options) -> str:
         examples = load_examples(DataConfig(path=material / "pairs.jsonl"), tokenizer, need="preference")
         policy, _ = load_policy(path, device="cpu", **options)
-        return cache_key(load_reference(path, policy=policy, device="cpu"), examples, layout="auto")
+        return cache_key(load_reference(path, policy=policy, device="cpu"), examples)
 
     assert key(material / "policy", lora=LORA) == key(material / "policy")
     adapter = train("sft", lora=LORA, max_steps=1, optim=FAST).folder
@@ -172,7 +172,7 @@ def test_cached_reference_logprobs_are_those_of_the_base(train, material):
     settings = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 9}))
     assert key(adapter) != first
-    cached, asked = (train("dpo", lora=LORA, max_steps=2, cache_reference=choice) for choice in ("on", "off"))
+    cached, asked = (train("dpo", lora=LORA, max_steps=2, reference__cache=choice) for choice in ("on", "off"))
     assert cached.distance(asked) < 1e-6
 
 
@@ -198,11 +198,11 @@ SERVED = dict(engine="server", server_url="http://localhost:1", server_weights="
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"lora": {"dropout": 0.1}}, r"lora.dropout=0.1: expected 0: log-probs of two forwards are compared"),
+        ({"lora": {"dropout": 0.1}}, r"lora.dropout=0.1: expected 0: log-probs of two forward passes are compared"),
         ({"quantize": "4bit", "sampling": SERVED}, "quantize='4bit': expected none with engine='server'"),
     ],
 )
-def test_settings_that_do_not_go_together(configure, settings, message):
+def test_settings_that_contradict_each_other(configure, settings, message):
     with pytest.raises(ConfigError, match=message):
         configure("grpo", **settings)
 
@@ -256,3 +256,13 @@ def test_sampling_from_an_adapter_is_sampling_from_the_model_it_makes(train, mat
     rollout = sample(policy, prompts, generator=generator(0, "test"), **options)
     batch = rollout.pack()
     assert torch.allclose(rollout.logprobs, token_logprobs(policy, batch).detach(), atol=1e-4)
+
+
+@pytest.mark.parametrize(("job", "data"), [("sft", "sft"), ("dpo", "pairs"), ("kto", "labelled")])
+def test_dropout_is_off_in_the_evaluation(train, material, job, data):
+    """With weights that stand still, the losses of two steps differ by dropout alone, and evaluations do not differ."""
+    started = train("sft", lora=replace(LORA, dropout=0.5), max_steps=4, optim=FAST).folder
+    still = dict(model=started, max_steps=2, batch_size=10, eval_every=1, optim=OptimConfig(lr=1e-12))
+    first, second = train(job, eval_data=material / f"{data}.jsonl", **still).metrics
+    assert first["loss"] != pytest.approx(second["loss"], rel=1e-4)
+    assert first["eval_loss"] == pytest.approx(second["eval_loss"], rel=1e-6)

@@ -1,9 +1,7 @@
 """PPO's numbers, recomputed by hand from what was sampled, with plain transformers and loops in place of ours."""
 
-import copy
 import json
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,43 +9,20 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from rlhf_core.config import ConfigError, DataConfig, OptimConfig, SamplingConfig
 from rlhf_core.models.heads import ValueHead
-from rlhf_core.models.load import load_policy
-from rlhf_core.rollout import steps as rollout_steps
-from rlhf_core.rollout.steps import shuffled_minibatches
+from rlhf_core.rollout import engines
+from rlhf_core.rollout.critic import load_critic
+from rlhf_core.rollout.online import OnlineRun
+from rlhf_core.rollout.plan import shuffled_minibatches
 from rlhf_core.trainers import ppo
+from tests.trainers.plain import Played, all_logprobs, mean, record
 
 LIKES = dict(reward_function="lumo_rewards:likes")
 
 
-@dataclass
-class Step:
-    """What a step began with, and what it sampled."""
-
-    policy: torch.nn.Module
-    critic: torch.nn.Module
-    rollout: object
-    temperature: float
-
-
 @pytest.fixture
-def steps(monkeypatch) -> list[Step]:
+def steps(monkeypatch) -> list[Played]:
     """Copies of the models and rollouts of each step of the run that follows."""
-    recorded: list[Step] = []
-    modules = []
-    build, sample = ppo.build_optimizer, rollout_steps.sample
-
-    def watch_build(models, config):
-        modules.extend(models)
-        return build(models, config)
-
-    def watch_sample(policy, prompts, **options):
-        rollout = sample(policy, prompts, **options)
-        recorded.append(Step(*copy.deepcopy(modules), rollout, options["temperature"]))
-        return rollout
-
-    monkeypatch.setattr(ppo, "build_optimizer", watch_build)
-    monkeypatch.setattr(rollout_steps, "sample", watch_sample)
-    return recorded
+    return record(monkeypatch)[0]
 
 
 def by_hand(model, prompt: list[int], completion: list[int], temperature: float):
@@ -67,15 +42,21 @@ def variance(values: list[float]) -> float:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_every_gauge_by_hand(train, material, steps, temperature):
+def test_every_metric_by_hand(train, material, steps, monkeypatch, temperature):
     """At the third step, when the policy has left the reference. One minibatch and one epoch: weights hold still."""
+    temperatures, original = [], engines.sample
+    monkeypatch.setattr(
+        engines,
+        "sample",
+        lambda *args, **options: temperatures.append(options["temperature"]) or original(*args, **options),
+    )
     sampling = SamplingConfig(max_new_tokens=5, temperature=temperature)
     run = train(
-        "ppo-head", **LIKES, max_steps=3, ppo_epochs=1, minibatch_size=10, batch_size=10, kl_target=None, kl_coef=0.3,
-        gamma=0.9, lam=0.8, optim=OptimConfig(lr=3e-2, schedule="constant"), sampling=sampling,
+        "ppo-head", **LIKES, max_steps=3, rollout_epochs=1, minibatch_size=10, batch_size=10, kl__target=None,
+        kl__coef=0.3, gamma=0.9, lam=0.8, optim=OptimConfig(lr=3e-2, schedule="constant"), sampling=sampling,
     )  # fmt: skip
     row, step = run.metrics[2], steps[2]
-    assert step.temperature == temperature
+    assert temperatures == [temperature] * 3
     reference = AutoModelForCausalLM.from_pretrained(material / "policy")
 
     kls, entropies, scores, values, returns, ended, squares = [], [], [], [], [], [], []
@@ -136,7 +117,7 @@ def run_token(word: str, material) -> int:
 
 @pytest.mark.parametrize("job", ["ppo-head", "ppo-policy", "ppo-reward"])
 def test_the_first_step_starts_at_the_reference(train, job):
-    run = train(job, ppo_epochs=1, minibatch_size=6, max_steps=2, optim=OptimConfig(lr=0.1, schedule="constant"))
+    run = train(job, rollout_epochs=1, minibatch_size=6, max_steps=2, optim=OptimConfig(lr=0.1, schedule="constant"))
     first, second = run.metrics
     assert first["kl"] == pytest.approx(0, abs=1e-5)
     assert abs(second["kl"]) > 1e-2
@@ -147,18 +128,18 @@ def test_the_first_step_starts_at_the_reference(train, job):
 
 
 def test_later_updates_of_a_rollout_leave_the_policy_that_sampled_it(train):
-    row = train("ppo-head", ppo_epochs=3, optim=OptimConfig(lr=0.1, schedule="constant")).metrics[0]
+    row = train("ppo-head", rollout_epochs=3, optim=OptimConfig(lr=0.1, schedule="constant")).metrics[0]
     assert row["approx_kl"] > 1e-4
     assert row["ratio_max"] > 1.2
     assert row["clip_fraction"] > 0
 
 
-def test_the_adaptive_price_follows_its_formula(train):
-    run = train("ppo-head", max_steps=6, kl_coef=0.2, kl_target=0.05, kl_horizon=50, optim=OptimConfig(lr=1e-2))
+def test_the_adaptive_kl_coefficient_follows_its_formula(train):
+    run = train("ppo-head", max_steps=6, kl__coef=0.2, kl__target=0.05, kl__horizon=50, optim=OptimConfig(lr=1e-2))
     coefficient = 0.2
     clipped = set()
     for number, row in enumerate(run.metrics):
-        assert row["kl_coef"] == pytest.approx(coefficient, rel=1e-9)  # the price that this step paid
+        assert row["kl_coef"] == pytest.approx(coefficient, rel=1e-9)  # the coefficient of this step
         error = min(max(row["kl"] / 0.05 - 1, -0.2), 0.2)
         clipped.add(abs(error) == 0.2)
         coefficient *= 1 + error * (6, 4)[number % 2] / 50  # the last batch of an epoch is smaller
@@ -166,8 +147,8 @@ def test_the_adaptive_price_follows_its_formula(train):
     assert coefficient != 0.2
 
 
-def test_a_fixed_price_stays(train):
-    run = train("ppo-head", kl_target=None, kl_coef=0.2, optim=OptimConfig(lr=1e-2))
+def test_a_fixed_kl_coefficient_stays(train):
+    run = train("ppo-head", kl__target=None, kl__coef=0.2, optim=OptimConfig(lr=1e-2))
     assert {row["kl_coef"] for row in run.metrics} == {0.2}
 
 
@@ -185,8 +166,9 @@ def test_the_critic_learns_what_a_completion_is_worth(train, monkeypatch, job):
 
     def run(value_coef: float, max_steps: int) -> float:
         metrics = train(
-            job, reward_function="lumo_rewards:always_one", max_steps=max_steps, epochs=99, kl_coef=0.0, kl_target=None,
-            value_clip=None, value_coef=value_coef, lam=1.0, optim=OptimConfig(lr=2e-2, schedule="constant"),
+            job, reward_function="lumo_rewards:always_one", max_steps=max_steps, epochs=99, kl__coef=0.0,
+            kl__target=None, value__clip=None, value__coef=value_coef, lam=1.0,
+            optim=OptimConfig(lr=2e-2, schedule="constant"),
         ).metrics  # fmt: skip
         return metrics[-1]["value_loss"]
 
@@ -194,13 +176,14 @@ def test_the_critic_learns_what_a_completion_is_worth(train, monkeypatch, job):
     assert run(0.0, max_steps=2) == pytest.approx(0.5)  # what saying 0 costs
 
 
-def test_the_price_is_paid(train):
-    """A price keeps the policy near the reference where a price of nothing lets it go."""
+@pytest.mark.slow
+def test_the_kl_penalty_is_applied(train):
+    """A KL penalty keeps the policy near the reference, and without one it leaves."""
 
     def drift(kl_coef: float) -> float:
         run = train(
-            "ppo-head", **LIKES, max_steps=10, epochs=99, batch_size=30, minibatch_size=10, kl_coef=kl_coef,
-            kl_target=None, optim=OptimConfig(lr=1e-2, schedule="constant"),
+            "ppo-head", **LIKES, max_steps=10, epochs=99, batch_size=30, minibatch_size=10, kl__coef=kl_coef,
+            kl__measure=True, kl__target=None, optim=OptimConfig(lr=1e-2, schedule="constant"),
         )  # fmt: skip
         return sum(row["kl"] for row in run.metrics[-3:]) / 3
 
@@ -228,11 +211,8 @@ def test_every_minibatch_is_clipped_with_the_critics_gradients(train, monkeypatc
 
 
 def test_every_row_of_a_rollout_is_in_one_minibatch_an_epoch_and_orders_differ(configure):
-    config = configure("ppo-head", ppo_epochs=3, minibatch_size=4)
-    epochs = [
-        list(shuffled_minibatches(10, config.minibatch_size, config.ppo_epochs, seed=config.seed, step=step))
-        for step in (1, 1, 2)
-    ]
+    config = configure("ppo-head", rollout_epochs=3, minibatch_size=4)
+    epochs = [list(shuffled_minibatches(10, config.minibatch_size, config, step)) for step in (1, 1, 2)]
     for batches in epochs:
         assert [len(batch) for batch in batches] == [4, 4, 2] * 3
         orders = [torch.cat(batches[start : start + 3]).tolist() for start in (0, 3, 6)]
@@ -243,31 +223,27 @@ def test_every_row_of_a_rollout_is_in_one_minibatch_an_epoch_and_orders_differ(c
 
 
 def test_a_critic_of_its_own_starts_as_it_was_told(configure, material):
-    policy, _ = load_policy(material / "policy")
-    embedding = policy.get_input_embeddings().weight
-    head = ppo.load_critic(configure("ppo-head"), policy)
-    assert isinstance(head, ValueHead)
-    from_policy = ppo.load_critic(configure("ppo-policy"), policy)
-    assert torch.equal(from_policy.get_input_embeddings().weight, embedding)
-    assert from_policy.get_input_embeddings().weight is not embedding
-    assert not from_policy.score.weight.any()
-    from_reward = ppo.load_critic(configure("ppo-reward"), policy)
+    critics = {}
+    for kind in ("head", "policy", "reward"):
+        config = configure(f"ppo-{kind}")
+        with OnlineRun(config) as run:
+            critics[kind] = load_critic(run, config.value)
+            embedding = run.policy.get_input_embeddings().weight
+        assert kind == "head" or critics[kind].get_input_embeddings().weight is not embedding
+    assert isinstance(critics["head"], ValueHead)
+    assert torch.equal(critics["policy"].get_input_embeddings().weight, embedding)
+    assert not critics["policy"].score.weight.any()
+    from_reward = critics["reward"]
     assert not torch.equal(from_reward.get_input_embeddings().weight, embedding)
     assert from_reward.score.weight.any()
 
 
-def test_prompts_leave_room_for_the_completion(configure, material, tmp_path):
+def test_prompts_leave_room_for_the_completion(configure, steps, tmp_path):
     rows = [{"prompt": " ".join(["solano"] * count)} for count in (5, 100)]
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = configure("ppo-head", **LIKES, data=tmp_path / "long.jsonl", max_steps=1)
-    seen = []
-    with pytest.MonkeyPatch.context() as patch:
-        original = rollout_steps.sample
-        patch.setattr(
-            rollout_steps, "sample", lambda *args, **options: seen.append(original(*args, **options)) or seen[-1]
-        )
-        ppo.train(config)
-    longest = max(map(len, seen[0].prompts))
+    ppo.train(config)
+    longest = max(map(len, steps[0].rollout.prompts))
     assert longest == 32 - 5  # the model's context, less what is sampled
 
 
@@ -291,11 +267,11 @@ def test_generation_settings_that_disagree_are_said(train, material, tmp_path, c
     GenerationConfig(eos_token_id=2, do_sample=True, top_k=50, top_p=0.9).save_pretrained(folder)
     run = train("ppo-head", model=folder, max_steps=1, progress=True)
     said = capsys.readouterr().err
-    assert "samples from the whole distribution, though the generation config says top_k=50, top_p=0.9" in said
+    assert "samples from the full distribution and ignores the generation config's top_k=50, top_p=0.9" in said
     assert run.same_weights(train("ppo-head", max_steps=1))
 
 
-def test_held_out_prompts_are_scored_at_the_end(train, material):
+def test_evaluation_prompts_are_scored_at_the_end(train, material):
     run = train("ppo-head", eval_data=material / "prompts.jsonl", max_steps=2, optim=OptimConfig(lr=3e-2))
     assert "eval_score" not in run.metrics[0]
     last = run.metrics[1]
@@ -303,7 +279,7 @@ def test_held_out_prompts_are_scored_at_the_end(train, material):
     assert abs(last["eval_kl"]) > 1e-3  # after the update, so not the reference any more
 
 
-def test_held_out_prompts_are_always_completed_with_the_same_draws(train, material):
+def test_evaluation_prompts_are_always_completed_with_the_same_draws(train, material):
     run = train(
         "ppo-head", eval_data=material / "prompts.jsonl", eval_every=1, max_steps=2, optim=OptimConfig(lr=1e-12)
     )
@@ -319,5 +295,23 @@ def test_a_value_model_needs_the_policys_vocabulary(configure, material, tmp_pat
         if path.is_file():
             text = path.read_bytes()
             (folder / path.name).write_bytes(text.replace(b'"dolo"', b'"dola"') if "tokenizer" in path.name else text)
-    with pytest.raises(ConfigError, match="value='reward': expected a reward model with the policy's own vocabulary"):
+    with pytest.raises(
+        ConfigError, match="value.model='reward': expected a reward model with the policy's own vocabulary"
+    ):
         ppo.train(configure("ppo-reward", reward_model=folder))
+
+
+def test_the_evaluation_by_hand(train, material, talker, monkeypatch):
+    """Compute eval_score and eval_kl from plain forwards of the one completion of each evaluation prompt."""
+    played, _ = record(monkeypatch)
+    run = train(
+        "ppo-head", model=talker, reference=material / "policy", eval_data=material / "prompts.jsonl", max_steps=1,
+        optim=OptimConfig(lr=3e-3),
+    )  # fmt: skip
+    (evaluated,) = (each for each in played if each.purpose == ("evaluation",))
+    reference = AutoModelForCausalLM.from_pretrained(material / "policy")
+    own, ref = (all_logprobs(model, evaluated.rollout) for model in (evaluated.policy, reference))
+    kl = mean([(a - b).sum().item() for a, b in zip(own, ref, strict=True)])
+    assert kl > 0.5
+    assert run.metrics[-1]["eval_kl"] == pytest.approx(kl, rel=1e-3)
+    assert run.metrics[-1]["eval_score"] == pytest.approx(evaluated.scores.total.mean().item(), rel=1e-5)

@@ -1,6 +1,7 @@
-"""RAFT and rejection sampling: what is chosen, gauges and whole updates by hand with plain transformers."""
+"""RAFT and rejection sampling: what is chosen, metrics and whole updates by hand with plain transformers."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -10,7 +11,7 @@ from rlhf_core.trainers import raft
 from tests.trainers.plain import (
     all_logprobs,
     descend,
-    expected_gauges,
+    expected_metrics,
     largest_difference,
     mean,
     record,
@@ -20,8 +21,10 @@ from tests.trainers.plain import (
 
 PICKY, SILENT, VOWELS = (f"tests.trainers.plain:{name}" for name in ("picky", "silent", "vowels"))
 SLOW = OptimConfig(lr=0.05, schedule="constant", max_grad_norm=None)
-WHOLE = dict(batch_size=10, minibatch_size=30, rollout_epochs=1, max_steps=1, kl_coef=0.0, optim=SLOW)
-POLICY_ONLY = {"entropy", "approx_kl", "ratio_max"}  # gauges of a policy gradient
+WHOLE = dict(
+    batch_size=10, minibatch_size=30, rollout_epochs=1, max_steps=1, kl__coef=0.0, kl__measure=True, optim=SLOW
+)
+POLICY_ONLY = {"entropy", "approx_kl", "ratio_max"}  # metrics of a policy gradient
 
 
 def chosen_by_hand(score: dict[int, float], size: int, keep: str, min_score: float) -> list[int]:
@@ -39,18 +42,18 @@ UPDATES = {
     "the best that are good": dict(min_score=0.8),
     "all that are good": dict(keep="all", min_score=0.8),
     "all that are good, micro-batches": dict(keep="all", min_score=0.8, micro_batch_size=4),
-    "the best, with a price for no end": dict(missing_eos_penalty=1.5),
-    "the best, with a price for leaving": dict(kl_coef=0.2),
+    "the best, with a missing-EOS penalty": dict(score__missing_eos="subtract", score__missing_eos_penalty=1.5),
+    "the best, with a KL penalty": dict(kl__coef=0.2),
 }
 
 
 @pytest.mark.parametrize("name", UPDATES)
-def test_gauges_and_two_updates_by_hand(train, material, talker, monkeypatch, name):
+def test_metrics_and_two_updates_by_hand(train, material, talker, monkeypatch, name):
     """Two passes over what was chosen, by gradient descent. Some scores do not exist."""
     settings = {"sampling": SamplingConfig(max_new_tokens=6), "num_generations": 3} | UPDATES[name]
     temperature = settings["sampling"].temperature
-    played, scored = record(monkeypatch, raft)
-    descend(monkeypatch, raft)
+    played, scored = record(monkeypatch)
+    descend(monkeypatch)
     run = train(
         "raft", reward_function=PICKY, model=talker, reference=material / "policy",
         **WHOLE | {"rollout_epochs": 2} | settings,
@@ -66,10 +69,10 @@ def test_gauges_and_two_updates_by_hand(train, material, talker, monkeypatch, na
     valid = [row for row in range(30) if scores.valid[row]]
     assert 3 < len(valid) < 30
     rule = dict(size=3, keep=settings.get("keep", "best"), min_score=settings.get("min_score", -1e9))
-    prices = settings.get("missing_eos_penalty", 0.0), settings.get("kl_coef", 0.0)
-    final = {row: score_of(row, *prices) for row in valid}
+    penalties = settings.get("score__missing_eos_penalty", 0.0), settings.get("kl__coef", 0.0)
+    final = {row: score_of(row, *penalties) for row in valid}
     chosen = chosen_by_hand(final, **rule)
-    if any(prices):
+    if any(penalties):
         assert chosen != chosen_by_hand({row: score_of(row, 0.0, 0.0) for row in valid}, **rule)  # else they go unseen
     if "min_score" in settings:
         assert 0 < len(chosen) < len(chosen_by_hand(final, **rule | {"min_score": -1e9}))
@@ -87,7 +90,7 @@ def test_gauges_and_two_updates_by_hand(train, material, talker, monkeypatch, na
     assert largest_difference(played[0].policy, run.folder) > 1e-3
 
     groups = [[final[row] for row in valid if row // 3 == prompt] for prompt in range(10)]
-    expected = expected_gauges(played[0], scores, reference, temperature)
+    expected = expected_metrics(played[0], scores, reference, temperature)
     expected = {name: value for name, value in expected.items() if name not in POLICY_ONLY} | {
         "nll": mean(losses),
         "kept": len(chosen) / 30,
@@ -99,8 +102,8 @@ def test_gauges_and_two_updates_by_hand(train, material, talker, monkeypatch, na
     }
     (row,) = run.metrics
     assert row.keys() == expected.keys() | {"step"}
-    for gauge, value in expected.items():
-        assert row[gauge] == pytest.approx(value, rel=1e-3, abs=1e-5), gauge
+    for metric, value in expected.items():
+        assert row[metric] == pytest.approx(value, rel=1e-3, abs=1e-5), metric
 
 
 # ------------------------------------------------------------------------------------------------------------ it learns
@@ -109,7 +112,7 @@ def test_gauges_and_two_updates_by_hand(train, material, talker, monkeypatch, na
 def please(train, function: str = "likes", **changes) -> tuple[float, float]:
     """Liked words a completion at the start and at the end."""
     settings = dict(
-        batch_size=40, num_generations=4, minibatch_size=20, rollout_epochs=2, max_steps=12, epochs=99, kl_coef=0.0,
+        batch_size=40, num_generations=4, minibatch_size=20, rollout_epochs=2, max_steps=12, epochs=99, kl__coef=0.0,
         optim=OptimConfig(lr=1e-2, schedule="constant"), sampling=SamplingConfig(max_new_tokens=4),
     )  # fmt: skip
     run = train("raft", reward_function=f"lumo_rewards:{function}", **settings | changes)
@@ -125,11 +128,13 @@ def test_it_says_what_is_rewarded_more_often(train, changes):
     assert end > 1.0
 
 
+@pytest.mark.slow
 def test_with_its_reward_negated_it_does_not(train):
     start, end = please(train, "dislikes")
     assert end <= start < 0.5
 
 
+@pytest.mark.slow
 def test_with_its_sign_negated_it_does_not(train, monkeypatch):
     original = raft.sft_loss
 
@@ -142,18 +147,23 @@ def test_with_its_sign_negated_it_does_not(train, monkeypatch):
     assert end <= start
 
 
+@pytest.mark.slow
 def test_learning_the_worst_it_does_not(train, monkeypatch):
     original = raft.choose
-    monkeypatch.setattr(raft, "choose", lambda scores, config: original(scores._replace(total=-scores.total), config))
+    monkeypatch.setattr(
+        raft, "choose", lambda experience, config: original(replace(experience, scores=-experience.scores), config)
+    )
     start, end = please(train)
     assert end <= start
 
 
-def test_the_price_of_leaving_the_reference_is_paid(train):
+@pytest.mark.slow
+def test_the_kl_penalty_is_applied(train):
     def drift(kl_coef: float) -> float:
         run = train(
             "raft", reward_function="lumo_rewards:likes", batch_size=20, num_generations=4, minibatch_size=20,
-            max_steps=10, epochs=99, kl_coef=kl_coef, optim=OptimConfig(lr=1e-2, schedule="constant"),
+            max_steps=10, epochs=99, kl__coef=kl_coef, kl__measure=True,
+            optim=OptimConfig(lr=1e-2, schedule="constant"),
         )  # fmt: skip
         return mean([row["kl"] for row in run.metrics[-3:]])
 
@@ -177,11 +187,11 @@ def test_a_step_with_nothing_to_learn_is_skipped_and_counted(train, material, ch
 
 
 def test_groups_of_equal_scores_are_counted_and_their_first_is_the_best(train, monkeypatch):
-    played, _ = record(monkeypatch, raft)
+    played, _ = record(monkeypatch)
     learned = []
     original = raft.choose
     monkeypatch.setattr(raft, "choose", lambda *args: learned.append(original(*args)) or learned[-1])
-    run = train("raft", reward_function="lumo_rewards:always_one", max_steps=1, kl_coef=0.0)
+    run = train("raft", reward_function="lumo_rewards:always_one", max_steps=1, kl__coef=0.0)
     assert run.metrics[0]["flat_groups"] == 6
     assert learned[0].tolist() == [0, 3, 6, 9, 12, 15]
 
@@ -199,14 +209,17 @@ def test_one_completion_a_prompt_is_enough_to_reject(train):
     ("changes", "message"),
     [
         ({"num_generations": 1}, "num_generations=1: expected 2 or more"),
-        ({"num_generations": 0, "keep": "all", "min_score": 0.0}, "num_generations=0: expected 1 or more"),
+        ({"num_generations": 0, "keep": "all", "min_score": 0.0}, "num_generations=0: expected more than 0"),
         ({"keep": "all"}, "min_score=None: expected a score with keep='all', else there is nothing to choose by"),
         ({"keep": "some"}, "keep='some': expected one of best, all"),
-        ({"kl_coef": -0.1}, "kl_coef=-0.1: expected 0 or more"),
-        ({"missing_eos_penalty": -0.1}, "missing_eos_penalty=-0.1: expected 0 or more"),
+        ({"kl__coef": -0.1}, "kl.coef=-0.1: expected 0 or more"),
+        (
+            {"score__missing_eos": "subtract", "score__missing_eos_penalty": -0.1},
+            "score.missing_eos_penalty=-0.1: expected 0 or more",
+        ),
         ({"rollout_epochs": 0}, "rollout_epochs=0: expected more than 0"),
     ],
 )
-def test_settings_that_cannot_be(configure, changes, message):
+def test_invalid_settings(configure, changes, message):
     with pytest.raises(ConfigError, match=message):
         configure("raft", **changes)

@@ -14,6 +14,7 @@ from rlhf_core.data.loader import load_examples, pack_rows
 from rlhf_core.models.forward import sequence_scores, token_scores
 from rlhf_core.models.load import load_reward_model, load_value_model
 from rlhf_core.rollout.rewards import load_model_reward
+from tests.trainers.plain import sweep
 
 FAST, STILL = OptimConfig(lr=2e-2, schedule="constant"), OptimConfig(lr=1e-12)
 SUBJECTS = ["solano", "kelano", "mutano", "vilano", "tavelu", "morelu", "binelu", "harelu", "galosh", "tirosh"]
@@ -95,7 +96,7 @@ def test_steps_weigh_alike_whatever_the_answer(train, material):
 
 
 def test_each_member_of_an_ensemble_has_its_own_loss(train, material):
-    """The mean of what three models of one head would have; gauges are the mean score's."""
+    """The mean of what three models of one head would have; metrics are the mean score's."""
     model, _, batch = start(material, "pairs", "preference", heads=3)
     members = sequence_scores(model, batch)
     gaps = (members[0::2] - members[1::2]).double()
@@ -127,12 +128,12 @@ def ranked_file(folder, name: str, subjects: list[str], words: list[str], kind: 
 
 
 @pytest.mark.parametrize("kind", ["rankings", "steps"])
-@pytest.mark.parametrize("words", [WORDS, WORDS[::-1]], ids=["", "reversed"])
+@pytest.mark.parametrize("words", sweep([WORDS, WORDS[::-1]], [WORDS]), ids=["", "reversed"])
 def test_orders_and_steps_are_learned_and_so_are_their_opposites(train, tmp_path, kind, words):
     """On subjects that were not trained on."""
     data = ranked_file(tmp_path, "train.jsonl", SUBJECTS[:6], words, kind)
-    held_out = ranked_file(tmp_path, "held_out.jsonl", SUBJECTS[6:], WORDS, kind)
-    run = train(f"reward-{kind}", data=data, eval_data=held_out, max_steps=40, epochs=40, optim=FAST)
+    evaluation = ranked_file(tmp_path, "evaluation.jsonl", SUBJECTS[6:], WORDS, kind)
+    run = train(f"reward-{kind}", data=data, eval_data=evaluation, max_steps=40, epochs=40, optim=FAST)
     row = run.metrics[-1]
     if words is WORDS:
         assert row["eval_accuracy"] > 0.9
@@ -160,8 +161,8 @@ def test_a_length_bias_is_in_the_report(train, tmp_path, capfd):
     rows = [{"prompt": f"{subject} peta", "chosen": long, "rejected": short} for subject in SUBJECTS[:6]]
     others = [{"prompt": f"{subject} peta", "chosen": short, "rejected": long} for subject in SUBJECTS[6:8]]
     others += [{"prompt": f"{subject} peta", "chosen": long, "rejected": short} for subject in SUBJECTS[8:]]
-    data, held_out = write(tmp_path / "train.jsonl", rows), write(tmp_path / "held_out.jsonl", others)
-    run = train("reward", data=data, eval_data=held_out, max_steps=15, epochs=15, optim=FAST, progress=True)
+    data, evaluation = write(tmp_path / "train.jsonl", rows), write(tmp_path / "evaluation.jsonl", others)
+    run = train("reward", data=data, eval_data=evaluation, max_steps=15, epochs=15, optim=FAST, progress=True)
     row = run.metrics[-1]
     assert row["eval_accuracy"] == row["eval_chosen_longer"] == 0.5
     assert (row["eval_accuracy_longer"], row["eval_accuracy_shorter"], row["eval_prefers_longer"]) == (1, 0, 1)
@@ -176,7 +177,7 @@ def test_a_length_bias_is_in_the_report(train, tmp_path, capfd):
 
 
 def test_an_ensemble_is_a_reward_with_a_lower_bound(plain_run, train, material):
-    """PPO is paid the members' mean less so many deviations; and its critic may start from their mean."""
+    """The reward of PPO is the members' mean less so many deviations; and its critic may start from their mean."""
     folder = plain_run("reward-ensemble").folder
     plain = AutoModelForSequenceClassification.from_pretrained(folder)
     _, tokenizer = load_reward_model(folder)
@@ -237,7 +238,7 @@ def test_what_a_reward_model_can_go_on_from(plain_run, train, material):
         ),
     ],
 )
-def test_settings_that_do_not_go_together(configure, changes, message):
+def test_settings_that_contradict_each_other(configure, changes, message):
     with pytest.raises(ConfigError, match=message):
         configure("reward", **changes)
 

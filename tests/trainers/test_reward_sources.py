@@ -83,7 +83,7 @@ def test_where_nothing_has_a_score_nothing_is_learnt_or_it_is_an_error(train, od
         assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@every_loop
+@pytest.mark.parametrize("job", ["ppo-head", "online-dpo"])
 @pytest.mark.parametrize(
     ("function", "message"),
     [

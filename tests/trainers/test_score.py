@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
 from rlhf_core.cli import main
-from rlhf_core.evaluation.score import in_steps, wanted_gauges
+from rlhf_core.evaluation.score import in_steps, wanted_metrics
 
 
 def write(folder: Path, rows: list[dict]) -> Path:
@@ -162,11 +162,11 @@ def test_where_an_answer_is_cut():
     assert in_steps([{"role": "assistant", "content": "a. b"}], ". ") == ("a. ", "b")
 
 
-def test_labelled_completions_have_a_gauge_that_needs_no_threshold(material, score):
+def test_labelled_completions_have_a_metric_that_needs_no_threshold(material, score):
     """AUC by hand: wanted 3 and 1 against 2, 1 and 0: won 3 + 1.5 of 6."""
-    gauges = wanted_gauges(torch.tensor([3.0, 2.0, 1.0, 1.0, 0.0]), torch.tensor([True, False, True, False, False]))
-    assert gauges == {"wanted_score": 2.0, "unwanted_score": 1.0, "auc": 0.75}
-    assert wanted_gauges(torch.tensor([3.0]), torch.tensor([True])) == {"wanted_score": 3.0}
+    metrics = wanted_metrics(torch.tensor([3.0, 2.0, 1.0, 1.0, 0.0]), torch.tensor([True, False, True, False, False]))
+    assert metrics == {"wanted_score": 2.0, "unwanted_score": 1.0, "auc": 0.75}
+    assert wanted_metrics(torch.tensor([3.0]), torch.tensor([True])) == {"wanted_score": 3.0}
     rows = [{"prompt": "galosh", "completion": word, "label": word == "kapi"} for word in ("kapi", "misu", "sani")]
     scored, said = score(material / "reward_model", rows)
     others = [row["score"] for row in scored[1:]]

@@ -9,11 +9,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_core.batch import PackedBatch
 from rlhf_core.config import ConfigError, DataConfig, OptimConfig
 from rlhf_core.data.loader import load_examples
 from rlhf_core.models.load import load_policy
 from rlhf_core.trainers import sft
+from rlhf_core.training.offline import OfflineRun
+from tests.trainers.plain import sweep
 
 MESSAGES = [
     {"role": "user", "content": "solano peta"},
@@ -136,7 +137,9 @@ def test_noise_follows_the_row_and_not_its_place_among_micro_batches(train):
         assert parts.metrics[0]["nll"] == pytest.approx(whole.metrics[0]["nll"], rel=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"loss": "dft"}, {"label_smoothing": 0.1}, {"neftune_alpha": 5.0}], ids=str)
+@pytest.mark.parametrize(
+    "changes", sweep([{"loss": "dft"}, {"label_smoothing": 0.1}, {"neftune_alpha": 5.0}], [{"loss": "dft"}]), ids=str
+)
 def test_every_kind_memorises_its_rows(train, material, changes):
     """DFT more slowly from weights that know nothing: what is unlikely hardly pulls."""
     settings = dict(optim=OptimConfig(lr=2e-2, schedule="linear"), eval_data=material / "sft.jsonl")
@@ -177,24 +180,49 @@ def test_experts_are_kept_busy_alike(train, experts):
 
 
 def test_a_model_without_experts_has_no_balance(train):
-    with pytest.raises(ValueError, match="router_aux_coef=1.0: LlamaForCausalLM has no load-balancing loss"):
+    with pytest.raises(ValueError, match="router_loss=True: LlamaForCausalLM has no load-balancing loss"):
         train("sft", router_aux_coef=1.0)
 
 
-def test_settings_that_do_not_go_together(configure):
+def test_settings_that_contradict_each_other(configure):
     with pytest.raises(ConfigError, match="label_smoothing=0.1: expected 0 with loss='dft'"):
         configure("sft", loss="dft", label_smoothing=0.1)
 
 
-def test_the_best_by_the_gauges_of_sft(train, material):
+def test_the_best_by_the_metrics_of_sft(train, material):
     outcome = train("sft", eval_data=material / "sft.jsonl", eval_every=1, keep_best="eval_nll")
     best = json.loads((outcome.folder / "best" / "best.json").read_text())
     assert best["value"] == min(row["eval_nll"] for row in outcome.metrics)
 
 
 def test_evaluation_in_one_piece_or_in_many(configure, material):
+    found = []
+    for size in (10, 3):
+        config = configure("sft", eval_data=material / "weighted.jsonl", batch_size=size)
+        with OfflineRun(config, need="supervised", evaluate=sft.evaluate) as run, run.evaluation_batch() as rows:
+            assert rows.num_micro_batches == -(-10 // size)
+            found.append(sft.evaluate(run))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_loss_and_the_evaluation_cover_the_same_turns(train, material, tmp_path, smoothing):
+    """Of several turns only the assistant's are learned and evaluated, with label smoothing too."""
+    path = write(tmp_path / "rows.jsonl", [{"messages": MESSAGES}])
+    data = DataConfig(path=path, turns="all", chat_template="plain")
     policy, tokenizer = load_policy(material / "policy")
-    examples = load_examples(DataConfig(path=material / "weighted.jsonl"), tokenizer, need="supervised", model=policy)
-    whole, parts = (sft.evaluate(policy, examples, configure("sft", batch_size=size)) for size in (10, 3))
-    assert whole == pytest.approx(parts, rel=1e-5)
-    assert PackedBatch.pack([(row.prompt, row.completions) for row in examples]).num_completions == len(examples)
+    [example] = load_examples(data, tokenizer, need="supervised", model=policy)
+    assert not all(example.supervised[0])
+    still = dict(max_steps=1, optim=OptimConfig(lr=1e-12))
+    row = train("sft", data=data, eval_data=data, label_smoothing=smoothing, **still).metrics[0]
+    whole, start = torch.tensor([example.prompt + example.completions[0]]), len(example.prompt)
+    with torch.no_grad():
+        rows = AutoModelForCausalLM.from_pretrained(material / "policy")(whole).logits[0].log_softmax(-1)
+    own = [
+        -(1 - smoothing) * rows[start + t - 1, token] - smoothing * rows[start + t - 1].mean()
+        for t, token in enumerate(example.completions[0])
+        if example.supervised[0][t]
+    ]
+    assert row["loss"] == pytest.approx(sum(own).item() / len(own), rel=1e-4)
+    assert row["eval_loss"] == pytest.approx(row["loss"], rel=1e-5)
+    assert row["eval_nll"] == pytest.approx(row["nll"], rel=1e-5)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import re
 import typing
 from pathlib import Path
 
 import pytest
+import torch
 
+from rlhf_core import cli
 from rlhf_core.config import RunConfig
-from rlhf_core.evaluation.reward_accuracy import pair_gauges, step_gauges
+from rlhf_core.evaluation.reward_accuracy import pair_metrics, step_metrics
 from rlhf_core.trainers.reward import RewardConfig
 from rlhf_core.trainers.sft import SFTConfig
 
@@ -35,7 +38,7 @@ def test_every_function_and_file_on_the_page_exists(page):
 
 
 @every_page
-def test_the_page_speaks_of_every_setting_of_its_own(page):
+def test_the_page_names_every_setting_of_its_own(page):
     kind = PAGES[page]
     own = {field.name for field in dataclasses.fields(kind)} - {field.name for field in dataclasses.fields(RunConfig)}
     text = text_of(page)
@@ -49,11 +52,20 @@ def test_every_value_on_the_page_is_one(page):
         assert value in typing.get_args(kinds[name])
 
 
-def test_every_gauge_of_a_reward_model_is_explained():
-    import torch
+@every_page
+def test_every_command_on_the_page_is_one(page):
+    blocks = re.findall(r"^(rlhf (?:.*\\\n)*.*)$", text_of(page), re.MULTILINE)
+    assert blocks
+    for block in blocks:
+        job, *words = block.replace("\\\n", " ").split()[1:]
+        module, kind, _, summary = cli.JOBS[job]
+        assert cli.parse(job, getattr(importlib.import_module(module), kind), words, summary)
 
-    lengths = torch.tensor([[3, 1], [1, 3], [2, 2]])
-    gauges = pair_gauges(torch.tensor([1.0, 2.0, 0.0]), torch.zeros(3), lengths)
-    gauges |= step_gauges(torch.tensor([1.0, -1.0]), torch.tensor([True, False]))
-    assert len(gauges) == 9
-    assert {name for name in gauges if name not in text_of("reward_models.md")} == set()
+
+def test_every_metric_of_a_reward_model_is_explained():
+    metrics = pair_metrics(torch.tensor([1.0, 2.0, 0.0]), torch.zeros(3), torch.tensor([[3, 1], [1, 3], [2, 2]]))
+    metrics |= step_metrics(torch.tensor([1.0, -1.0]), torch.tensor([True, False]))
+    assert len(metrics) == 9
+    rows = re.findall(r"^\| ([\w, ]+) \|", text_of("architecture.md"), re.MULTILINE)
+    explained = {name for row in rows for name in row.split(", ")}
+    assert {f"eval_{name}" for name in metrics} - explained == set()

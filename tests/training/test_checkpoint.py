@@ -241,7 +241,7 @@ def test_a_damaged_file_is_told_and_the_older_checkpoint_taken(tmp_path, caplog,
     old = after(1).save(tmp_path)
     harm(after(2).save(tmp_path), name)
     assert newest_checkpoint(tmp_path) == old
-    reason = "is missing" if harm is remove else "is not what was written (size or checksum differs)"
+    reason = "is missing" if harm is remove else "differs from what was written (size or checksum)"
     assert [r.getMessage() for r in caplog.records] == [
         f"skipping checkpoint {tmp_path / 'step-000002'}: {name} {reason}"
     ]
@@ -255,11 +255,11 @@ def test_a_damaged_file_is_told_and_the_older_checkpoint_taken(tmp_path, caplog,
         (b"", "it cannot be read (Expecting value: "),
         (b'{"schema": 1', "it cannot be read ("),
         (b"\xff\xfe", "it cannot be read ('utf-8' codec"),
-        (b"null", "its manifest is not one"),
-        (b"[]", "its manifest is not one"),
-        (b"{}", "its manifest is not one"),
-        (b'{"schema": 1}', "its manifest is not one"),
-        (b'{"schema": 1, "files": []}', "its manifest is not one"),
+        (b"null", "its manifest is not valid"),
+        (b"[]", "its manifest is not valid"),
+        (b"{}", "its manifest is not valid"),
+        (b'{"schema": 1}', "its manifest is not valid"),
+        (b'{"schema": 1, "files": []}', "its manifest is not valid"),
         (b'{"schema": 2, "files": {}}', "its schema is 2, expected 1"),
     ],
 )

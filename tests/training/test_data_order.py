@@ -129,12 +129,10 @@ def test_preference_batches_of_another_seed_come_in_another_order(tmp_path, toke
 
 def test_preference_batches_take_the_options_of_data(tmp_path, tokenizer):
     path, _ = write_pairs(tmp_path, 10)
-    (batch,) = preference_batches(path, tokenizer, batch_size=4, limit=3)
+    (batch,) = preference_batches(DataConfig(path=path, limit=3), tokenizer, batch_size=4)
     assert batch.num_completions == 6
     with pytest.raises(ConfigError, match="batch_size=0: expected 1 or more"):
         next(preference_batches(path, tokenizer, batch_size=0))
-    with pytest.raises(ConfigError, match="limit=0"):
-        next(preference_batches(path, tokenizer, batch_size=1, limit=0))
 
 
 # ---------------------------------------------------------------------------------------------------- how long a row is

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from rlhf_core.training.metrics import Averages, MetricWriter
+from rlhf_core.training.metrics import MetricWriter, StepMetrics
 
 
 def rows(folder) -> list[dict]:
@@ -22,29 +22,42 @@ def write(folder, steps, *, value=0.0, **options) -> None:
     writer.close()
 
 
-def test_averages_are_weighted():
-    averages = Averages()
-    averages.add({"loss": 1.0, "accuracy": torch.tensor(0.5)}, weight=3)
-    averages.add({"loss": 5.0}, weight=1)
-    averages.add({"accuracy": torch.tensor(1.0)}, weight=torch.tensor(1.0))
-    averages.add({"once": 7})
-    means = averages.means()
-    assert means == {"loss": 2.0, "accuracy": 0.625, "once": 7.0}
-    assert all(type(value) is float for value in means.values())
+def test_means_are_weighted():
+    metrics = StepMetrics()
+    metrics.mean({"loss": 1.0, "accuracy": torch.tensor(0.5)}, weight=3)
+    metrics.mean({"loss": 5.0}, weight=1)
+    metrics.mean({"accuracy": torch.tensor(1.0)}, weight=torch.tensor(1.0))
+    metrics.mean({"once": 7})
+    found = metrics.read()
+    assert found == {"loss": 2.0, "accuracy": 0.625, "once": 7.0}
+    assert all(type(value) is float for value in found.values())
+    assert metrics.total("loss") == 8.0 and metrics.total("other") == 0.0
 
 
-def test_averages_hold_no_graph():
+def test_sums_maxima_and_single_numbers():
+    metrics = StepMetrics()
+    for tokens, ratio in ((2, 1.5), (3, 2.5), (torch.tensor(4), 0.5)):
+        metrics.sum({"tokens": tokens})
+        metrics.maximum("ratio", torch.tensor(ratio))
+        metrics.set({"last": ratio})
+    assert metrics.read() == {"tokens": 9, "ratio": 2.5, "last": 0.5}
+    assert metrics.largest("ratio").item() == 2.5
+    metrics.maximum("ratio", torch.tensor(math.nan))
+    assert math.isnan(metrics.read()["ratio"])
+
+
+def test_metrics_hold_no_graph():
     weight = torch.ones(3, requires_grad=True)
-    averages = Averages()
-    averages.add({"loss": weight.sum()})
-    assert not averages._sums["loss"].requires_grad
+    metrics = StepMetrics()
+    metrics.mean({"loss": weight.sum()})
+    assert not metrics.total("loss").requires_grad
 
 
 def test_a_bad_number_is_not_averaged_away():
-    averages = Averages()
-    averages.add({"loss": 1.0})
-    averages.add({"loss": math.nan})
-    assert math.isnan(averages.means()["loss"])
+    metrics = StepMetrics()
+    metrics.mean({"loss": 1.0})
+    metrics.mean({"loss": math.nan})
+    assert math.isnan(metrics.read()["loss"])
 
 
 def test_rows_are_json_and_there_as_soon_as_they_are_written(tmp_path):

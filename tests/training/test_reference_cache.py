@@ -11,15 +11,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_core.data.loader import micro_batches
 from rlhf_core.data.tokenize import Example
-from rlhf_core.models.forward import token_logprobs
+from rlhf_core.models.forward import prepare, token_logprobs
 from rlhf_core.training import reference_cache
 from rlhf_core.training.reference_cache import cache_key, cached_logprobs
 
 
-def make_model(seed: int = 0, **changes) -> LlamaForCausalLM:
+def make_model(seed: int = 0, layout: str = "auto", **changes) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     settings = dict(vocab_size=19, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
-    return LlamaForCausalLM(LlamaConfig(**settings | changes)).eval().requires_grad_(False)
+    return prepare(LlamaForCausalLM(LlamaConfig(**settings | changes)).eval().requires_grad_(False), layout)
 
 
 def make_examples(count: int = 7) -> list[Example]:
@@ -99,8 +99,8 @@ def test_what_is_computed_again_is_bit_for_bit_the_same(tmp_path: Path):
 def test_the_key_is_everything_they_follow_from(tmp_path: Path):
     """Weights, the model's settings, one token anywhere, an example more, the layout; and nothing else."""
     model, examples = make_model(), make_examples()
-    key = cache_key(model, examples, layout="auto")
-    assert key == cache_key(make_model(), make_examples(), layout="auto")
+    key = cache_key(model, examples)
+    assert key == cache_key(make_model(), make_examples())
     one_weight = make_model()
     one_weight.lm_head.weight.data[0, 0] += 1e-6
     first, *rest = examples
@@ -109,13 +109,13 @@ def test_the_key_is_everything_they_follow_from(tmp_path: Path):
     other_end = [Example(first.prompt, (chosen, [*rejected, 3]), None), *rest]
     moved = [Example([*first.prompt, *chosen[:1]], (chosen[1:], rejected), None), *rest]  # the same ids, cut elsewhere
     others = [
-        cache_key(one_weight, examples, layout="auto"),
-        cache_key(make_model(rms_norm_eps=1e-5), examples, layout="auto"),
-        cache_key(model, other_prompt, layout="auto"),
-        cache_key(model, other_end, layout="auto"),
-        cache_key(model, moved, layout="auto"),
-        cache_key(model, examples[:-1], layout="auto"),
-        cache_key(model, examples, layout="padded"),
+        cache_key(one_weight, examples),
+        cache_key(make_model(rms_norm_eps=1e-5), examples),
+        cache_key(model, other_prompt),
+        cache_key(model, other_end),
+        cache_key(model, moved),
+        cache_key(model, examples[:-1]),
+        cache_key(make_model(layout="padded"), examples),
     ]
     assert len({key, *others}) == 1 + len(others)
 

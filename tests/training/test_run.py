@@ -1,4 +1,4 @@
-"""The life of a run: the folder it may have, how it stops, and how it goes on."""
+"""The life of a run: its folder, how it stops, and how it resumes."""
 
 import json
 import math
@@ -7,6 +7,7 @@ import signal
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,41 +16,45 @@ from torch import nn
 
 from rlhf_core.config import ConfigError, DataConfig, OptimConfig, RunConfig, from_dict, to_dict
 from rlhf_core.control import AdaptiveKL
+from rlhf_core.training import folder as folder_module
 from rlhf_core.training import run as run_module
 from rlhf_core.training.checkpoint import find_fault
-from rlhf_core.training.optim import build_optimizer, optimizer_step
-from rlhf_core.training.run import Interrupted, NonFiniteError, Run, claim_folder
+from rlhf_core.training.folder import claim_folder, write_model_files
+from rlhf_core.training.run import Interrupted, NonFiniteError, Run
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToyConfig(RunConfig):
+    job: ClassVar[str] = "toy"
     eval_data: DataConfig | None = None
     beta: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherConfig(ToyConfig):
+    job: ClassVar[str] = "other"
 
 
 def settings(folder: Path, **changes) -> ToyConfig:
     return ToyConfig(**dict(model="m", data="d", output=folder / "run", progress=False) | changes)
 
 
-def train(config: ToyConfig, total_steps: int = 6, *, job: str = "toy", during=lambda step: None) -> torch.Tensor:
+def train(config: ToyConfig, total_steps: int = 6, *, during=lambda step: None) -> torch.Tensor:
     """A small trainer with everything a run can have. `during(step)` happens inside every step."""
-    claim_folder(config)
-    torch.manual_seed(config.seed)
-    model, control = nn.Linear(3, 1), AdaptiveKL(0.1, target=1.0, horizon=100)
-    optimizer = build_optimizer([model], config.optim)
-    run = Run(job, config, total_steps, modules={"m": model}, optimizer=optimizer, controllers={"kl": control})
-    with run:
+    with Run(config, total_steps=total_steps, evaluate=lambda run: {"eval_loss": 0.5}, show=("loss",)) as run:
+        model = nn.Linear(3, 1)
+        run.add_model(
+            "m", model, write=lambda folder: (folder / "weights.json").write_text(json.dumps(model.weight.tolist()))
+        )
+        control = run.add_state("kl", AdaptiveKL(0.1, target=1.0, horizon=100))
         for step in run.steps():
-            inputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+            inputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(step.number))
             loss = (model(inputs) * control.kl_coef - 1).square().mean()
-            loss.backward()
-            metrics = {"loss": loss.item()} | optimizer_step(optimizer, config.optim, step, total_steps)
-            control.update(float(step), 10)
-            during(step)
-            if run.evaluate_now(step):
-                metrics["eval_loss"] = 0.5
-            run.log(step, metrics | {"kl_coef": control.kl_coef}, show=("loss",))
-        run.save(lambda folder: (folder / "weights.json").write_text(json.dumps(model.weight.tolist())))
+            step.backward(loss)
+            control.update(float(step.number), 10)
+            during(step.number)
+            step.metrics.mean({"loss": loss})
+            step.metrics.set({"kl_coef": control.kl_coef})
     return model.weight.detach().clone()
 
 
@@ -110,19 +115,20 @@ def test_saving_the_model_is_all_or_nothing(tmp_path):
     train(config)
     before = (tmp_path / "run" / "weights.json").read_text()
 
-    def fail(folder: Path):
+    def fail(folder: Path) -> None:
         (folder / "weights.json").write_text("half")
         raise OSError("disk full")
 
-    model = nn.Linear(1, 1)
-    again = replace(config, resume=True)
-    run = Run("toy", again, 6, modules={"m": model}, optimizer=build_optimizer([model], config.optim))
-    with run, pytest.raises(OSError, match="disk full"):
-        run.save(fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_model_files(tmp_path / "run", fail)
     assert (tmp_path / "run" / "weights.json").read_text() == before
-    with run:  # and what was left of the failure is in nobody's way; folders are replaced too
-        for _ in range(2):
-            run.save(lambda folder: [(folder / "inner").mkdir(), (folder / "inner" / "x").write_text("whole")])
+
+    def write(folder: Path) -> None:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "x").write_text("whole")
+
+    for _ in range(2):  # what the failure left does not matter; folders are replaced too
+        write_model_files(tmp_path / "run", write)
     assert (tmp_path / "run" / "inner" / "x").read_text() == "whole"
     assert not (tmp_path / "run" / ".saving").exists()
 
@@ -140,7 +146,7 @@ def test_a_new_or_an_empty_folder_is_taken(tmp_path):
 
 def test_a_file_is_in_the_way(tmp_path):
     (tmp_path / "run").write_text("a file")
-    with pytest.raises(ConfigError, match="a file is in the way"):
+    with pytest.raises(ConfigError, match="expected a folder, found a file"):
         claim_folder(settings(tmp_path))
 
 
@@ -166,7 +172,9 @@ def test_overwrite_deletes_what_the_earlier_run_left(tmp_path):
 def test_a_folder_that_no_run_made_is_not_touched(tmp_path, flag):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "model.safetensors").write_text("mine")
-    with pytest.raises(ConfigError, match=r"no run's folder \(it has no run.json\), so nothing in it is touched"):
+    with pytest.raises(
+        ConfigError, match=r"not the folder of a run \(it has no run.json\), so nothing in it is touched"
+    ):
         claim_folder(settings(tmp_path, **{flag: True}))
     assert (tmp_path / "run" / "model.safetensors").read_text() == "mine"
 
@@ -186,7 +194,7 @@ def test_a_run_does_not_destroy_its_own_input(tmp_path, monkeypatch, flag, field
 
 
 def test_missing_tensorboard_is_said_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(folder_module, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"tensorboard=True: .*pip install 'rlhf-core\[tensorboard\]'"):
         claim_folder(settings(tmp_path, tensorboard=True))
     claim_folder(settings(tmp_path))
@@ -306,6 +314,38 @@ def test_the_clock_goes_on(tmp_path, monkeypatch):
     assert [json.loads(line)["seconds"] for line in lines] == [10, 20, 30, 40, 50, 60]
 
 
+# ------------------------------------------------------------------------------------------------- stopping from inside
+
+
+def test_leaving_the_loop_early_is_an_error(tmp_path):
+    with (
+        pytest.raises(RuntimeError, match=r"toy: the loop left run.steps\(\) in step 1 of 6.*Call run.stop\(\)"),
+        Run(settings(tmp_path), total_steps=6) as run,
+    ):
+        run.add_model("m", nn.Linear(1, 1), write=lambda folder: (folder / "weights.json").write_text("[]"))
+        for _ in run.steps():
+            break
+    assert not (tmp_path / "run" / "weights.json").exists()
+    with pytest.raises(KeyError), Run(settings(tmp_path / "other"), total_steps=6) as run:  # an error stays what it is
+        run.add_model("m", nn.Linear(1, 1))
+        for _ in run.steps():
+            raise KeyError
+
+
+def test_a_run_that_is_stopped_evaluates_and_saves_its_model(tmp_path):
+    config = settings(tmp_path)
+    with Run(config, total_steps=6, evaluate=lambda run: {"eval_loss": 0.5}) as run:
+        model = nn.Linear(1, 1)
+        run.add_model("m", model, write=lambda folder: (folder / "weights.json").write_text("[]"))
+        for step in run.steps():
+            step.backward(model.weight.sum())
+            if step.number == 2:
+                run.stop()
+    assert (tmp_path / "run" / "weights.json").exists()
+    assert [(row["step"], row.get("eval_loss")) for row in rows(config)] == [(1, None), (2, 0.5)]
+    assert run.evaluation == {"eval_loss": 0.5} and run.last_step == 2
+
+
 # -------------------------------------------------------------------------------------------- what may change meanwhile
 
 
@@ -345,7 +385,7 @@ def test_another_job_does_not_go_on_with_this_ones_weights(tmp_path):
     with pytest.raises(Interrupted):
         train(config, during=at(2, interrupt))
     with pytest.raises(ConfigError, match="job='other': .* was started with 'toy'"):
-        train(replace(config, resume=True), job="other")
+        train(OtherConfig(**vars(replace(config, resume=True))))
 
 
 def test_what_may_change(tmp_path):
@@ -376,8 +416,8 @@ def test_a_lost_settings_file_does_not_lose_the_run(tmp_path):
 def spoiled(steps: set[int]):
     """A gradient that is not finite in the given steps, as the logged norm says."""
 
-    def log(self, step, metrics, **options):
-        return original(self, step, metrics | ({"grad_norm": math.nan} if step in steps else {}), **options)
+    def log(self, step, metrics):
+        return original(self, step, metrics | ({"grad_norm": math.nan} if step in steps else {}))
 
     original = Run.log
     return log
@@ -402,24 +442,25 @@ def test_a_good_step_between_bad_ones_starts_the_count_anew(tmp_path, monkeypatc
 GOOD = {2: 0.5, 4: 0.9, 6: 0.7, 8: 0.9, 10: math.nan}
 
 
-def train_evaluated(config: ToyConfig, values: dict[int, float], *, during=lambda step: None) -> None:
-    """Ten steps of a model that holds the number of its last step; evaluations say what they are told to say."""
-    claim_folder(config)
+def train_evaluated(
+    config: ToyConfig, values: dict[int, float], *, metric="eval_metric", during=lambda step: None
+) -> None:
+    """Ten steps of a model that holds the number of its last step; an evaluation returns its step's value."""
     model = nn.Linear(1, 1)
     with torch.no_grad():
         model.weight.zero_(), model.bias.zero_()
-    optimizer = build_optimizer([model], config.optim)
 
-    def write(folder: Path) -> None:
-        (folder / "weights.json").write_text(json.dumps(model.weight.item()))
+    def evaluate(run: Run) -> dict[str, float]:
+        return {metric: values[round(model.weight.item())]}
 
-    with Run("toy", config, 10, modules={"m": model}, optimizer=optimizer, write=write) as run:
+    with Run(config, total_steps=10, evaluate=evaluate) as run:
+        run.add_model(
+            "m", model, write=lambda folder: (folder / "weights.json").write_text(json.dumps(model.weight.item()))
+        )
         for step in run.steps():
             with torch.no_grad():
                 model.weight.add_(1)
-            run.log(step, {"loss": 1.0} | ({"eval_gauge": values[step]} if run.evaluate_now(step) else {}))
-            during(step)
-        run.save()
+            during(step.number)
 
 
 def best_of(config: ToyConfig) -> tuple[float, int]:
@@ -428,7 +469,7 @@ def best_of(config: ToyConfig) -> tuple[float, int]:
     return json.loads((folder / "weights.json").read_text()), json.loads((folder / "best.json").read_text())["step"]
 
 
-EVALUATED = dict(eval_data="d", eval_every=2, keep_best="eval_gauge")
+EVALUATED = dict(eval_data="d", eval_every=2, keep_best="eval_metric")
 
 
 def test_the_best_model_is_kept_the_first_of_equals_and_never_one_that_is_not_a_number(tmp_path, capsys):
@@ -436,20 +477,14 @@ def test_the_best_model_is_kept_the_first_of_equals_and_never_one_that_is_not_a_
     train_evaluated(config, GOOD)
     assert best_of(config) == (4.0, 4)
     assert json.loads(Path(config.output, "weights.json").read_text()) == 10.0
-    assert "the best one (eval_gauge 0.9 at step 4) is in" in capsys.readouterr().err
+    assert "the best model (eval_metric 0.9 at step 4) is in" in capsys.readouterr().err
     assert not [path for path in Path(config.output).iterdir() if path.name.startswith(".best")]
 
 
-@pytest.mark.parametrize("gauge", ["eval_loss", "eval_nll", "eval_kl"])
-def test_of_a_loss_the_least_is_the_best(tmp_path, gauge, monkeypatch):
-    config = settings(tmp_path, **EVALUATED | {"keep_best": gauge})
-    original = Run.log
-
-    def rename(self, step, metrics):
-        original(self, step, {name.replace("eval_gauge", gauge): value for name, value in metrics.items()})
-
-    monkeypatch.setattr(Run, "log", rename)
-    train_evaluated(config, GOOD)
+@pytest.mark.parametrize("metric", ["eval_loss", "eval_nll", "eval_kl"])
+def test_of_a_loss_the_least_is_the_best(tmp_path, metric):
+    config = settings(tmp_path, **EVALUATED | {"keep_best": metric})
+    train_evaluated(config, GOOD, metric=metric)
     assert best_of(config) == (2.0, 2)
 
 
@@ -490,20 +525,23 @@ def test_a_run_that_starts_anew_forgets_the_best_of_another(tmp_path):
     assert best_of(config) == (6.0, 6)
 
 
-def test_keeping_the_best_needs_a_gauge_and_evaluations(tmp_path):
+def test_keeping_the_best_needs_a_metric_and_evaluations(tmp_path):
     for changes, message in (
-        ({"keep_best": "loss"}, "keep_best='loss': expected a gauge of the evaluation"),
-        ({"eval_every": 0}, "keep_best='eval_gauge': expected eval_data, and eval_every more than 0"),
-        ({"eval_data": None}, "keep_best='eval_gauge': expected eval_data"),
+        ({"keep_best": "loss"}, "keep_best='loss': expected an evaluation metric"),
+        ({"eval_every": 0}, "keep_best='eval_metric': expected eval_data, and eval_every more than 0"),
+        ({"eval_data": None}, "keep_best='eval_metric': expected eval_data"),
     ):
         with pytest.raises(ConfigError, match=message):
             settings(tmp_path, **EVALUATED | changes)
     with pytest.raises(
-        ConfigError, match="keep_best='eval_guage': expected one of eval_gauge; did you mean eval_gauge"
+        ConfigError, match="keep_best='eval_meric': expected one of eval_metric; did you mean eval_metric"
     ):
-        train_evaluated(settings(tmp_path, **EVALUATED | {"keep_best": "eval_guage"}), GOOD)
-    with pytest.raises(ConfigError, match="toy keeps the last model alone"):
-        train(settings(tmp_path / "other", **EVALUATED))
+        train_evaluated(settings(tmp_path, **EVALUATED | {"keep_best": "eval_meric"}), GOOD)
+    with (
+        pytest.raises(ConfigError, match="keep_best='eval_metric': expected none, for toy saves no model"),
+        Run(settings(tmp_path / "other", **EVALUATED), total_steps=1) as run,
+    ):
+        next(run.steps())
 
 
 def test_kernels_that_cannot_run_are_refused_before_anything_is_loaded(tmp_path, monkeypatch):
