@@ -2,25 +2,28 @@
 
     python benchmarks/preference_road.py [job ...]
 
-Every job sees the same 984 pairs and is asked about the same 110 held-out ones: how often the polite answer gets the
-larger reward, by its own gauge (accuracy), and by two that are the same for all: the log-prob over that of the model it
-started from (log-ratio), and the mean log-prob a token (likelihood). The table is in docs/preference.md.
+Every job trains on the same 984 pairs and is evaluated on the same 110 others: how often the polite answer gets the
+larger reward, as the job itself defines it (accuracy), and by two measures that are the same for all jobs: the log-prob
+minus that of the starting model (log-ratio), and the mean log-prob of a token (likelihood). The table is in
+docs/preference.md.
 
-Finds the material through RLHF_SHARED (default: `shared` beside the checkout). Writes to runs/preference_road.
+The shared data is found through RLHF_SHARED (default: `shared` beside the checkout). Writes to runs/preference_road.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from real_road import ROOT, SHARED, STORIES
+from torch import Tensor
 
 from rlhf_core import load_policy, load_reference, pair_logprobs, preference_batches
 from rlhf_core.config import LoraConfig, OptimConfig
+from rlhf_core.losses.pairs import Completions, Pairs
 from rlhf_core.trainers import dpo, kto, reward
 
 OUT = ROOT / "runs" / "preference_road"
@@ -57,29 +60,32 @@ def main() -> None:
 
 
 @torch.no_grad()
-def held_out_pairs(path: str | Path, reference: str | None):
+def evaluation_pairs(path: str | Path, reference_path: str | None) -> Iterator[Pairs]:
+    """Yield the evaluation pairs with the log-probs of a policy and, where its path is given, of a reference."""
     policy, tokenizer = load_policy(path)
-    held_to = None if reference is None else load_reference(reference, policy_tokenizer=tokenizer)
+    reference = None if reference_path is None else load_reference(reference_path, policy_tokenizer=tokenizer)
     for batch in preference_batches(DATA.format("test"), tokenizer, batch_size=32, seed=None):
-        yield pair_logprobs(policy, held_to, batch)
+        yield pair_logprobs(policy, reference, batch)
 
 
 def by_log_ratio(path: Path) -> float:
-    gaps = [
-        (pairs["chosen_logprobs"] - pairs["ref_chosen_logprobs"]).sum(-1)
-        - (pairs["rejected_logprobs"] - pairs["ref_rejected_logprobs"]).sum(-1)
-        for pairs in held_out_pairs(path, STORIES)
-    ]
+    """Return how often the chosen answer has the larger log-ratio to the starting model."""
+    gaps = [log_ratio(pairs.chosen) - log_ratio(pairs.rejected) for pairs in evaluation_pairs(path, STORIES)]
     return (torch.cat(gaps) > 0).float().mean().item()
 
 
 def by_likelihood(path: str | Path) -> float:
-    gaps = [
-        pairs["chosen_logprobs"].sum(-1) / pairs["chosen_mask"].sum(-1)
-        - pairs["rejected_logprobs"].sum(-1) / pairs["rejected_mask"].sum(-1)
-        for pairs in held_out_pairs(path, None)
-    ]
+    """Return how often the chosen answer has the larger mean log-prob per token."""
+    gaps = [mean_logprob(pairs.chosen) - mean_logprob(pairs.rejected) for pairs in evaluation_pairs(path, None)]
     return (torch.cat(gaps) > 0).float().mean().item()
+
+
+def log_ratio(side: Completions) -> Tensor:
+    return (side.logprobs - side.ref_logprobs).sum(-1)
+
+
+def mean_logprob(side: Completions) -> Tensor:
+    return side.logprobs.sum(-1) / side.mask.sum(-1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The long versions of the proofs in tests/real: stories260K on real data, every figure on held-out rows.
+"""The long versions of the tests in tests/real: stories260K on real data, all results on evaluation rows.
 
-Finds the material through RLHF_SHARED (default: `shared` beside the checkout). Writes to runs/real_road.
+The shared data is found through RLHF_SHARED (default: `shared` beside the checkout). Writes to runs/real_road.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import json
 import os
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rlhf_core.config import DataConfig, OptimConfig, SamplingConfig
 from rlhf_core.evaluation.compare import EvaluateConfig, evaluate
@@ -35,20 +37,22 @@ def main() -> None:
     )
     report(
         "reward model on sentiment, 3 epochs",
-        lambda: reward.train(reward.RewardConfig(**common(sentiment, "kind", 3, 1e-3, 32))),
+        lambda: reward.train(reward.RewardConfig(**common(sentiment, "sentiment", 3, 1e-3, 32))),
     )
     report("DPO on pref_rasbt, 3 epochs", lambda: dpo.train(dpo.DPOConfig(**common("pref_rasbt", "dpo", 3, 5e-4))))
-    report("PPO for kinder stories, 60 steps", run_ppo)
+    report("PPO for more positive stories, 60 steps", run_ppo)
 
 
-def report(title: str, run) -> None:
+def report(title: str, run: Callable[[], dict[str, float]]) -> None:
+    """Run a job and print its time and results."""
     start = time.monotonic()
     numbers = run()
     shown = ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
     print(f"{title} ({time.monotonic() - start:.0f} s): {shown}", flush=True)
 
 
-def common(data: str, name: str, epochs: float, lr: float, batch_size: int = 16) -> dict:
+def common(data: str, name: str, epochs: float, lr: float, batch_size: int = 16) -> dict[str, Any]:
+    """Return the settings that all jobs share. `data`: a data set of the shared data, or a path."""
     path = data if "/" in data else str(SHARED / "data" / f"{data}_{{}}.jsonl.gz")
     return dict(
         model=STORIES, data=path.format("train"), eval_data=path.format("test"), output=str(OUT / name), epochs=epochs,
@@ -58,35 +62,39 @@ def common(data: str, name: str, epochs: float, lr: float, batch_size: int = 16)
 
 
 def write_sentiment_pairs(folder: Path = OUT) -> str:
-    """Positive against negative sentences, paired at random, as two files; their path, a {} where the split goes."""
+    """Write pairs of a positive and a negative sentence, combined at random, as two files.
+
+    Returns their path, with {} in the place of the split, train or test.
+    """
     rng = random.Random(0)
     for split in ("train", "test"):
         with gzip.open(SHARED / "data" / f"sentiment_sentences_{split}.jsonl.gz", "rt") as lines:
             rows = [json.loads(line) for line in lines]
-        kind, unkind = ([row["text"] for row in rows if row["label"] == label] for label in (1, 0))
-        rng.shuffle(kind)
-        rng.shuffle(unkind)
-        pairs = [{"prompt": "", "chosen": a, "rejected": b} for a, b in zip(kind, unkind, strict=False)]
+        positive, negative = ([row["text"] for row in rows if row["label"] == label] for label in (1, 0))
+        rng.shuffle(positive)
+        rng.shuffle(negative)
+        pairs = [{"prompt": "", "chosen": a, "rejected": b} for a, b in zip(positive, negative, strict=False)]
         (folder / f"sentiment_{split}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     return str(folder / "sentiment_{}.jsonl")
 
 
 def run_ppo() -> dict[str, float]:
+    """Train with the sentiment reward model, and compare the result with the model that training started from."""
     prompts = str(SHARED / "data" / "prompts_tinystories_{}.jsonl.gz")
     sampling = SamplingConfig(max_new_tokens=48, batch_size=200)
     ppo.train(
         ppo.PPOConfig(
-            model=STORIES, reward_model=str(OUT / "kind"), data=prompts.format("train"), output=str(OUT / "ppo"),
-            overwrite=(OUT / "ppo").exists(), batch_size=128, minibatch_size=64, ppo_epochs=3, max_steps=60, epochs=10,
-            kl_coef=0.1, end_unfinished=True, kl_target=20.0, kl_horizon=300, sampling=sampling, progress=False,
-            optim=OptimConfig(lr=4e-4, schedule="linear", eps=1e-5),
+            model=STORIES, reward_model=str(OUT / "sentiment"), data=prompts.format("train"), output=str(OUT / "ppo"),
+            overwrite=(OUT / "ppo").exists(), batch_size=128, minibatch_size=64, rollout_epochs=3, max_steps=60,
+            epochs=10, kl=dict(coef=0.1, target=20.0, horizon=300), end_unfinished=True, sampling=sampling,
+            optim=OptimConfig(lr=4e-4, schedule="linear", eps=1e-5), progress=False,
         )
     )  # fmt: skip
     return evaluate(
         EvaluateConfig(
             model=str(OUT / "ppo"),
             baseline=STORIES,
-            reward_model=str(OUT / "kind"),
+            reward_model=str(OUT / "sentiment"),
             data=DataConfig(path=prompts.format("test")),
             sampling=sampling,
             end_unfinished=True,

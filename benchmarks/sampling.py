@@ -1,16 +1,23 @@
-"""Our sampler, with log-probs and values, against transformers' `generate` alone: the same rows and tokens.
+"""Sampling with log-probs and values, against transformers' `generate`, which returns neither: same rows and tokens.
 
-64 completions of up to 64 tokens: of 64 prompts, or 8 of each of 8 prompts. `full` runs every row to the last token;
-in `ends` a row ends with a chance of 2 in 100 at every token, after which `generate` pads it until all have ended.
-The ratio is generate's time over ours; the aims are 1 or more for n = 1 and 1.3 for n = 8.
+    python benchmarks/sampling.py [--quick]
+
+64 completions of up to 64 tokens: of 64 prompts, or 8 of each of 8 prompts. With `full` every row has 64 tokens; with
+`ends` each token ends its row with a probability of 0.02, after which `generate` pads the row until all have ended. The
+ratio is the time of `generate` over ours; the targets are 1 or more for n = 1 and 1.3 for n = 8.
 """
 
 from __future__ import annotations
+
+import argparse
+import itertools
+from typing import Any
 
 import torch
 from timing import interleaved
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rlhf_core.models.forward import prepare
 from rlhf_core.models.heads import ValueHead
 from rlhf_core.rollout.sampling import sample
 
@@ -28,29 +35,33 @@ MODELS = {
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="only check that it works: the small model, timed once")
+    quick = parser.parse_args().quick
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, {ROWS} rows of {NEW_TOKENS} tokens")
     print(f"{'model':>14}{'n':>4}{'prompt':>12}{'ends':>7}{'generate s':>12}{'ours s':>9}{'ratio':>8}")
-    for name, shape in MODELS.items():
-        for n in (1, 8):
-            for lengths in ((8, 32), (64, 256)):
-                for ends in ("full", "ends"):
-                    seconds = compare(shape, n, lengths, share=0.02 if ends == "ends" else 0)
-                    print(
-                        f"{name:>14}{n:>4}{'{}-{}'.format(*lengths):>12}{ends:>7}{seconds['generate']:>12.3f}"
-                        f"{seconds['ours']:>9.3f}{seconds['generate'] / seconds['ours']:>8.2f}",
-                        flush=True,
-                    )
+    settings = itertools.product(list(MODELS)[: 1 if quick else None], (1, 8), ((8, 32), (64, 256)), ("full", "ends"))
+    for name, n, lengths, ends in settings:
+        share = 0.02 if ends == "ends" else 0
+        seconds = compare(MODELS[name], n, lengths, share, repeats=1 if quick else 5)
+        print(
+            f"{name:>14}{n:>4}{'{}-{}'.format(*lengths):>12}{ends:>7}{seconds['generate']:>12.3f}"
+            f"{seconds['ours']:>9.3f}{seconds['generate'] / seconds['ours']:>8.2f}",
+            flush=True,
+        )
 
 
-def compare(shape: dict, n: int, lengths: tuple[int, int], share: float) -> dict[str, float]:
+def compare(shape: dict[str, Any], n: int, lengths: tuple[int, int], share: float, repeats: int) -> dict[str, float]:
+    """Return the median seconds of both sides. `share`: the share of the vocabulary that ends a completion."""
     torch.manual_seed(0)
-    # The library's own attention for `generate`; ours switches its model to the packed one.
     policy, other = (LlamaForCausalLM(LlamaConfig(**shape)).eval() for _ in range(2))
     other.load_state_dict(policy.state_dict())
+    prepare(policy)  # `generate` runs on the other one, with the attention of transformers
     other.generation_config.pad_token_id = 0
     head = ValueHead(shape["hidden_size"])
     vocabulary = shape["vocab_size"]
-    stops = list(range(1, 1 + round(share * vocabulary))) or [vocabulary]  # weights are random: any token is as likely
+    # The weights are random, so all tokens are about equally likely. [vocabulary]: no token ends a completion.
+    stops = list(range(1, 1 + round(share * vocabulary))) or [vocabulary]
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(lengths[0], lengths[1] + 1, (ROWS // n,), generator=generator).tolist()
     prompts = [torch.randint(1, vocabulary, (length,), generator=generator).tolist() for length in drawn]
@@ -70,7 +81,7 @@ def compare(shape: dict, n: int, lengths: tuple[int, int], share: float) -> dict
             max_new_tokens=NEW_TOKENS, eos_token_id=stops, pad_token_id=0,
         )  # fmt: skip
 
-    return interleaved({"generate": generate, "ours": ours}, repeats=5)
+    return interleaved({"generate": generate, "ours": ours}, repeats=repeats)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fair timing of two sides in one process: interleaved, after a warm-up, medians."""
+"""Time several functions in one process: a warm-up, then in turns, and the median of each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 def interleaved(sides: dict[str, Callable[[], object]], *, repeats: int = 7) -> dict[str, float]:
-    """Median seconds of each side; they take turns, so what disturbs the machine disturbs all alike."""
+    """Return the median seconds of each side. They take turns, so that a change in the load affects all of them."""
     for run in sides.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in sides}

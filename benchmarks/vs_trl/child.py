@@ -1,13 +1,13 @@
-"""The child's half of the benchmark: be one contestant, and make one step each time the parent asks for it.
+"""The child process of a benchmark of single steps: one entry, which makes a step on each request of the parent.
 
-Parent and child talk in lines of JSON over the child's stdin and stdout. The child speaks first, once it has loaded:
+Requests and answers are lines of JSON on the child's stdin and stdout. The child sends a first line once it has loaded:
 
     -> {"positions": 2432, "versions": {...}}
     <- {"do": "step"}                    -> {"seconds": 1.2, "cpu_seconds": 2.3, "added_mib": 310.5, "loss": 0.7}
     <- {"do": "save", "path": "..."}     -> {"saved": 74}
 
-`positions` is how many token positions, padding included, go through the policy in a step. This file runs in the
-project's environment and in TRL's.
+`positions` is the number of token positions, padding included, that go through the policy in a step. This file runs in
+the project's environment and in TRL's.
 """
 
 from __future__ import annotations
@@ -30,61 +30,62 @@ from torch import Tensor, nn
 
 
 @dataclass
-class Contestant:
-    """`loss()` is the forward half of a step; `serve` adds the backward half, the clock and the memory gauge."""
+class TimedStep:
+    """An entry of a benchmark. `loss()` is the forward pass of a step; `serve` adds the backward pass and measures."""
 
     policy: nn.Module
     loss: Callable[[], Tensor]
     positions: int
-    models: list[nn.Module]  # everything loaded, so that their weights are in memory before a step is measured
+    models: list[nn.Module]  # all models; their weights are read before a step is measured
 
 
-def serve(build: Callable[[argparse.Namespace], Contestant]) -> None:
+def serve(build: Callable[[argparse.Namespace], TimedStep]) -> None:
+    """Build the entry and answer the requests of the parent."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path, help="made by material.make_material")
+    parser.add_argument("folder", type=Path, help="folder of the models and pairs (material.py)")
     parser.add_argument("--beta", type=float, required=True)
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--cached-reference", action="store_true", help="reference log-probs computed beforehand")
+    parser.add_argument("--cached-reference", action="store_true", help="compute reference log-probs before the steps")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     args = parser.parse_args()
 
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a library prints goes to the log, not into the conversation
+    os.dup2(2, 1)  # what libraries print goes to the log, not between the answers
     torch.set_num_threads(args.threads)
 
-    contestant = build(args)
-    for model in contestant.models:
+    timed = build(args)
+    for model in timed.models:
         for tensor in model.state_dict().values():
-            tensor.sum()  # weights read lazily from the file count as loaded, not as added by a step
+            tensor.sum()  # so that weights read lazily do not count as memory of a step
     memory = PeakMemory()
-    answers.write(json.dumps({"positions": contestant.positions, "versions": versions()}) + "\n")
+    answers.write(json.dumps({"positions": timed.positions, "versions": versions()}) + "\n")
 
     for line in sys.stdin:
         request = json.loads(line)
         if request["do"] == "step":
-            answer = step(contestant, memory)
+            answer = step(timed, memory)
         else:
-            gradients = {name: parameter.grad for name, parameter in contestant.policy.named_parameters()}
+            gradients = {name: parameter.grad for name, parameter in timed.policy.named_parameters()}
             save_file(gradients, request["path"])
             answer = {"saved": len(gradients)}
         answers.write(json.dumps(answer) + "\n")
 
 
-def step(contestant: Contestant, memory: PeakMemory) -> dict:
-    contestant.policy.zero_grad(set_to_none=True)
+def step(timed: TimedStep, memory: PeakMemory) -> dict:
+    timed.policy.zero_grad(set_to_none=True)
     memory.reset()
     start, cpu_start = time.perf_counter(), time.process_time()
-    loss = contestant.loss()
+    loss = timed.loss()
     loss.backward()
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     return {"seconds": seconds, "cpu_seconds": cpu_seconds, "added_mib": memory.added_mib(), "loss": loss.item()}
 
 
 class PeakMemory:
-    """Peak resident memory since `reset`, less what was resident when this object was made.
+    """Peak resident memory since `reset`, minus the resident memory when this object was made.
 
-    Where the kernel cannot reset its peak (it is not Linux, or forbids it) the peak is that of the whole life of the
-    process on both sides of the subtraction, which can only make the figure smaller.
+    Where the kernel cannot reset its peak (not Linux, or not permitted), both are the peak of the whole process, and
+    the difference is too small.
     """
 
     def __init__(self) -> None:

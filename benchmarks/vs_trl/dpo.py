@@ -3,10 +3,10 @@
     python benchmarks/vs_trl/dpo.py [--steps 5] [--shape mixed|short|long] [--model deep|shallow] [--quick]
     python benchmarks/vs_trl/dpo.py --rows hh [--steps 5] [--quick]
 
-Run it from the project's own environment; TRL gets one of its own (environment.py). Every contestant is a process that
-stays alive and makes one step when asked, so steps are interleaved: a change in the machine's load meets all of them.
-Before anything is timed, every loss and gradient is compared with the exact one, computed in float64 by a third party
-(truth_dpo.py); if one is wrong nothing is timed and the exit status is 1.
+Run it from the project's environment; TRL has its own (environment.py). Every entry is a process that makes one step on
+request, so steps are interleaved: a change in the load of the machine affects all entries. Before anything is timed,
+every loss and gradient is compared with the exact one, computed in float64 by exact_dpo.py; if one is wrong, nothing is
+timed and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from material import (
     make_real_model,
     real_tokens,
 )
-from players import HERE, Player, machine, say
+from processes import HERE, Child, log, machine
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -43,25 +43,25 @@ TOLERANCE = 2e-6  # relative error of the loss and of the whole gradient
 
 @dataclass(frozen=True)
 class Entry:
-    """One contestant. `rival` is the one of ours that does the same work: reference in the step, or cached."""
+    """One row of the table. `peer` is the entry of ours with the same treatment of the reference."""
 
     name: str
     script: str
     options: tuple[str, ...] = ()
-    rival: str = "ours"
+    peer: str = "ours"
 
 
 ENTRIES = (
     Entry("ours", "ours_dpo.py"),
     Entry("TRL, defaults (checkpointing)", "trl_dpo.py", ("--checkpointing",)),
     Entry("TRL, no checkpointing", "trl_dpo.py"),
-    Entry("ours, cached reference", "ours_dpo.py", ("--cached-reference",), rival="ours, cached reference"),
-    Entry("TRL's best: that, cached reference", "trl_dpo.py", ("--cached-reference",), rival="ours, cached reference"),
+    Entry("ours, cached reference", "ours_dpo.py", ("--cached-reference",), peer="ours, cached reference"),
+    Entry("TRL's best: that, cached reference", "trl_dpo.py", ("--cached-reference",), peer="ours, cached reference"),
 )
 
 
-class Contestant(Player):
-    """An entry's process, and the steps that it has made."""
+class DPOChild(Child):
+    """The process of an entry, and the steps that it has made."""
 
     def __init__(self, entry: Entry, folder: Path, *, threads: int, trl: str) -> None:
         arguments = [folder, f"--beta={BETA}", f"--threads={threads}", *entry.options]
@@ -72,7 +72,7 @@ class Contestant(Player):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each contestant")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each entry")
     parser.add_argument("--rows", choices=["random", "hh"], default="random", help="hh: real pairs, and 30M parameters")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="mixed", help="of random pairs")
     parser.add_argument("--model", choices=sorted(MODELS), default="deep", help="for random pairs")
@@ -80,8 +80,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trl", default="1.16.0", metavar="VERSION")
-    parser.add_argument("--quick", action="store_true", help="only show that it works: 1 step on 2 pairs")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--quick", action="store_true", help="only check that it works: 1 step on 2 pairs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
     args = parser.parse_args()
     if args.quick:
         args.steps, args.pairs = 1, 2
@@ -93,15 +93,15 @@ def main() -> None:
         pairs, parameters = make_folder(folder, args)
         children = []
         for entry in ENTRIES:
-            say(f"loading: {entry.name}")
-            child = Contestant(entry, folder, threads=args.threads, trl=args.trl)
+            log(f"loading: {entry.name}")
+            child = DPOChild(entry, folder, threads=args.threads, trl=args.trl)
             stack.callback(child.close)
             children.append(child)
         errors = check_parity(children, folder, args.threads)
         for number in range(args.steps):
             for child in children:
                 child.steps.append(child.ask(do="step"))
-                say(f"step {number + 1}/{args.steps}: {child.entry.name}: {child.steps[-1]['seconds']:.2f} s")
+                log(f"step {number + 1}/{args.steps}: {child.entry.name}: {child.steps[-1]['seconds']:.2f} s")
 
     model = REAL_MODEL if args.rows == "hh" else {"vocab_size": VOCABULARY, **MODELS[args.model]}
     lengths = [len(ids) for pair in pairs for ids in (pair["chosen"], pair["rejected"])]
@@ -129,7 +129,7 @@ def main() -> None:
 
 
 def make_folder(folder: Path, args: argparse.Namespace) -> tuple[list[dict[str, list[int]]], int]:
-    """Models and pairs, on disk as all sides read them; returns the pairs and the model's number of parameters."""
+    """Write models and pairs; return the pairs and the number of parameters of the model."""
     if args.rows == "random":
         pairs = make_pairs(SHAPES[args.shape], args.pairs, args.seed)
         return pairs, make_material(folder, args.model, pairs, args.seed)
@@ -150,40 +150,40 @@ def make_folder(folder: Path, args: argparse.Namespace) -> tuple[list[dict[str, 
 
 
 def exact(folder: Path, threads: int) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Loss (and the largest log-prob sum in it) and gradient of the step in float64."""
-    say("referee: loss and gradient in float64")
+    """Return the loss and the largest log-prob sum in it, and the gradient of the step, in float64."""
+    log("exact loss and gradient in float64")
     path = folder / "exact.safetensors"
-    command = [sys.executable, HERE / "truth_dpo.py", folder, path, f"--beta={BETA}", f"--threads={threads}"]
+    command = [sys.executable, HERE / "exact_dpo.py", folder, path, f"--beta={BETA}", f"--threads={threads}"]
     done = subprocess.run(command, text=True, capture_output=True)
     if done.returncode:
-        raise SystemExit(f"the referee ended with status {done.returncode}:\n{done.stderr}")
+        raise SystemExit(f"exact_dpo.py ended with status {done.returncode}:\n{done.stderr}")
     return json.loads(done.stdout), load_file(path)
 
 
-def check_parity(children: list[Contestant], folder: Path, threads: int) -> dict[str, dict[str, float]]:
-    """One step of each, which is also the warm-up. Ends the program unless all losses and gradients are the exact ones.
+def check_parity(children: list[DPOChild], folder: Path, threads: int) -> dict[str, dict[str, float]]:
+    """Make one step of each entry, which is also the warm-up, and end the program if a loss or gradient is wrong.
 
-    Ours must be within TOLERANCE. TRL adds up each sequence's log-probs in float32 before it subtracts the reference's,
-    so the margin in its sigmoid carries the rounding of four sums of some hundreds or thousands. Shifting the margin by
-    e moves -log sigmoid(beta * margin), and the weight of a pair in the gradient, by at most beta * e, relatively; TRL
-    is given that much more.
+    Ours must be within TOLERANCE. TRL sums the log-probs of a sequence in float32 before it subtracts those of the
+    reference, so the margin in its sigmoid has the rounding error of four sums of some hundreds or thousands. An error
+    e of the margin changes -log sigmoid(beta * margin), and the weight of a pair in the gradient, by at most beta * e,
+    relatively; the tolerance of TRL is larger by this.
     """
     truth, truth_gradient = exact(folder, threads)
     if abs(truth["loss"] - math.log(2)) < 1e-3:
-        raise SystemExit(f"the loss is {truth['loss']}, ln 2: policy and reference agree, which tests nothing")
+        raise SystemExit(f"the loss is {truth['loss']}, ln 2: policy and reference are equal, which tests nothing")
     half_unit = 2.0 ** (math.floor(math.log2(truth["largest_logprob_sum"])) - 24)  # float32 has 24 significant bits
     allowed = {"ours_dpo.py": TOLERANCE, "trl_dpo.py": TOLERANCE + BETA * 4 * half_unit}
 
     errors, gradients, wrong = {}, {}, []
     for child in children:
         name = child.entry.name
-        say(f"warm-up and gradients: {name}")
+        log(f"warm-up and gradients: {name}")
         loss = child.ask(do="step")["loss"]
-        path = folder / f"{name}.safetensors"  # a file each: what load_file returns may still be reading it
+        path = folder / f"{name}.safetensors"  # one file per entry: the result of load_file may still read from it
         child.ask(do="save", path=str(path))
         gradient = load_file(path)
         if gradient.keys() != truth_gradient.keys():
-            raise SystemExit(f"{name!r} has other parameters: {sorted(gradient.keys() ^ truth_gradient.keys())}")
+            raise SystemExit(f"{name!r} has different parameters: {sorted(gradient.keys() ^ truth_gradient.keys())}")
         gradients.setdefault(child.entry.script, gradient)
         errors[name] = {
             "loss": loss,
@@ -198,24 +198,24 @@ def check_parity(children: list[Contestant], folder: Path, threads: int) -> dict
     if wrong:
         raise SystemExit(
             "NOT THE SAME STEP, so nothing was timed. Relative to the exact loss and gradient "
-            f"(loss {truth['loss']!r}) these are further off than rounding explains:\n" + "\n".join(wrong)
+            f"(loss {truth['loss']!r}) these errors are larger than rounding explains:\n" + "\n".join(wrong)
         )
     return errors
 
 
 def relative_distance(gradient: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
-    """||gradient - truth|| / ||truth||, all parameters taken as one vector."""
-    apart = sum((gradient[name].double() - truth[name].double()).square().sum() for name in truth)
-    return (apart / sum(tensor.double().square().sum() for tensor in truth.values())).sqrt().item()
+    """Return ||gradient - truth|| / ||truth|| with all parameters as one vector."""
+    distance = sum((gradient[name].double() - truth[name].double()).square().sum() for name in truth)
+    return (distance / sum(tensor.double().square().sum() for tensor in truth.values())).sqrt().item()
 
 
-def results(children: list[Contestant], errors: dict[str, dict[str, float]], tokens: int) -> list[dict]:
+def results(children: list[DPOChild], errors: dict[str, dict[str, float]], tokens: int) -> list[dict]:
     rows = {}
     for child in children:
         seconds = [step["seconds"] for step in child.steps]
         rows[child.entry.name] = {
             "name": child.entry.name,
-            "rival": child.entry.rival,
+            "peer": child.entry.peer,
             "seconds": statistics.median(seconds),
             "seconds_of_each_step": seconds,
             "cpu_seconds": min(step["cpu_seconds"] for step in child.steps),
@@ -225,8 +225,8 @@ def results(children: list[Contestant], errors: dict[str, dict[str, float]], tok
             **errors[child.entry.name],
         }
     for row in rows.values():
-        row["times_ours"] = row["seconds"] / rows[row["rival"]]["seconds"]
-        row["memory_times_ours"] = row["added_peak_mib"] / rows[row["rival"]]["added_peak_mib"]
+        row["times_ours"] = row["seconds"] / rows[row["peer"]]["seconds"]
+        row["memory_times_ours"] = row["added_peak_mib"] / rows[row["peer"]]["added_peak_mib"]
     return list(rows.values())
 
 
@@ -266,11 +266,11 @@ def print_report(report: dict) -> None:
         )
     print(
         f"""
-s/step, min     median and least of {report["steps"]} steps; cpu s: least processor time, all threads together
-real tok/s      tokens of all sequences without padding, a pair's prompt counted twice, over s/step
-positions       what goes through the policy, padding included
-added MiB       peak resident memory in a step, above what was resident after loading
-time, memory    s/step and added MiB over ours with the same treatment of the reference
+s/step, min     median and minimum of {report["steps"]} steps; cpu s: minimum of the processor time of all threads
+real tok/s      tokens of all sequences without padding, the prompt of a pair counted twice, per second
+positions       token positions that go through the policy, padding included
+added MiB       peak resident memory of a step minus that after loading
+time, memory    s/step and added MiB divided by those of ours with the same treatment of the reference
 loss, grad err  relative error of the loss and of the whole gradient against float64; from ours: the gradient"""
     )
 

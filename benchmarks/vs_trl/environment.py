@@ -1,4 +1,4 @@
-"""Virtual environments for the other side: one for each TRL version, with this environment's torch and transformers."""
+"""Virtual environments with TRL: one for each version of it, with this environment's torch and transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ENVIRONMENTS = Path(__file__).parent / ".envs"
 
 
 def trl_python(trl_version: str) -> Path:
-    """The interpreter of an environment that holds `trl==trl_version`; made on first use, then found by its stamp."""
+    """Return the interpreter of an environment with `trl==trl_version`; the environment is made on first use."""
     folder = ENVIRONMENTS / f"trl-{trl_version}"
     python = folder / "bin" / "python"
     torch = f"torch=={version('torch').split('+')[0]}"
@@ -26,7 +26,7 @@ def trl_python(trl_version: str) -> Path:
     print(f"making {folder} (once): {torch} {' '.join(others)}", file=sys.stderr, flush=True)
     subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, torch], check=True)  # first and alone, so that nothing else chooses which torch it is
+    subprocess.run([*pip, torch], check=True)  # first and alone, so that no other package selects the version of torch
     subprocess.run([*pip, torch, *others], check=True)
-    stamp.write_text(contents)  # last: an installation that was cut short has no stamp and is made again
+    stamp.write_text(contents)  # last: an interrupted installation has no stamp and is repeated
     return python

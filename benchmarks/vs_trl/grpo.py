@@ -2,10 +2,10 @@
 
     python benchmarks/vs_trl/grpo.py [--job grpo|rloo] [--model real|stories] [--steps 3] [--quick]
 
-A step is all of it: completions of every prompt, scores, log-probs of the reference, and one update. Both sides run
-their own trainer's loop. `real` takes prompts of HH on a random Llama of 30M parameters with GPT-2's vocabulary, which
-next to never ends a completion; `stories` the trained stories260K with its own prompts. The samples are each side's
-own; how many tokens they have is shown. The reward takes no time (rewards.py).
+A step is a whole rollout: completions of every prompt, scores, log-probs of the reference, and one update. Both sides
+run the loop of their own trainer. `real` has prompts of HH and a random Llama of 30M parameters with GPT-2's
+vocabulary, which almost never ends a completion; `stories` has the trained stories260K with its own prompts. Each side
+samples its own completions; their mean length is shown. The reward takes no time (rewards.py).
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import tempfile
 from pathlib import Path
 
 from material import copy_stories, hh_pairs, make_real_model, real_rows, write_rows
-from players import Entry, benchmark_parser, play, report
+from processes import Entry, benchmark_parser, report, run_in_turns
 
 
 def main() -> None:
     parser = benchmark_parser(__doc__, steps=3)
     parser.add_argument("--job", choices=["grpo", "rloo"], default="grpo")
     parser.add_argument("--model", choices=["real", "stories"], default="real")
-    parser.add_argument("--prompts", type=int, default=8, help="to a step")
-    parser.add_argument("--completions", type=int, default=8, help="to a prompt")
-    parser.add_argument("--tokens", type=int, default=64, help="to a completion, at most")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts per step")
+    parser.add_argument("--completions", type=int, default=8, help="completions per prompt")
+    parser.add_argument("--tokens", type=int, default=64, help="largest number of tokens of a completion")
     args = parser.parse_args()
-    longest = 512  # tokens of the pair that a prompt is from
+    longest = 512  # tokens of the pair that has the prompt
     if args.quick:
         args.steps, args.prompts, args.completions, args.tokens, longest = 1, 2, 4, 8, 96
     count = args.prompts * (args.steps + 1)
@@ -39,7 +39,7 @@ def main() -> None:
             make_real_model(folder)
             prompts = [pair["prompt"] for pair in hh_pairs(count, longest=longest)]
         write_rows(folder, [dict(prompt=prompt) for prompt in prompts], args.prompts)
-        turns = play(entries(folder, args), folder, args)
+        turns = run_in_turns(entries(folder, args), folder, args)
     more = {"tokens": lambda taken: f"{statistics.mean(tokens(turn) for turn in taken):.1f}"}
     ours = [title for title in turns if title.startswith("ours")]
     report(f"{args.job.upper()} step, rollout included", turns, args, ours=ours, more=more)
@@ -47,6 +47,7 @@ def main() -> None:
 
 
 def tokens(turn: dict) -> float:
+    """Return the mean length of a step's completions."""
     return turn["length"] if "length" in turn else turn["completions/mean_length"]
 
 
@@ -59,7 +60,7 @@ def entries(folder: Path, args) -> list[Entry]:
         num_generations=args.completions,
         batch_size=args.prompts,
         minibatch_size=samples,
-        kl_coef=kl_coef,
+        kl=dict(coef=kl_coef),
         sampling=dict(max_new_tokens=args.tokens),
         optim=dict(lr=1e-6, schedule="constant"),
     )
@@ -78,10 +79,11 @@ def entries(folder: Path, args) -> list[Entry]:
             config["loss_type"] = "grpo"
         return dict(job=args.job, data=str(folder / "in_order.jsonl"), config=config)
 
-    spares = [dict(recorded="auto")] if args.job == "rloo" else []  # GRPO's one update a rollout asks no forward before
+    # With one update per rollout, GRPO needs no forward before it, so recorded log-probs save nothing.
+    variants = [dict(recorded="auto")] if args.job == "rloo" else []
     return [
         Entry("ours", "ours_train.py", dict(job=args.job, config=ours)),
-        *(Entry("ours, recorded", "ours_train.py", dict(job=args.job, config=ours | more)) for more in spares),
+        *(Entry("ours, recorded", "ours_train.py", dict(job=args.job, config=ours | more)) for more in variants),
         Entry(f"TRL, {samples} at once", "trl_train.py", trl(samples)),
         Entry(f"TRL, {args.completions} at a time", "trl_train.py", trl(args.completions)),
     ]

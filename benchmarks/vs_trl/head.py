@@ -2,13 +2,13 @@
 
     python benchmarks/vs_trl/head.py [--steps 7] [--threads 2] [--python TRL_PYTHON] [--json FILE]
 
-The step is the mean of -log p(target) and its gradient to hidden states and weight, float32. Every contestant is a
-process that stays alive and makes one step when asked, so steps are interleaved. TRL runs in an environment of its own
-(environment.py makes it, or --python names one that has it). Before anything is timed every gradient is compared with
-the exact one, in float64; if one is wrong nothing is timed and the exit status is 1.
+A step computes the mean of -log p(target) and its gradient to hidden states and weight, in float32. Every entry is a
+process that makes one step on request, so steps are interleaved. TRL runs in its own environment (environment.py makes
+it, or --python names an interpreter that has it). Before anything is timed, every gradient is compared with the exact
+one, in float64; if one is wrong, nothing is timed and the exit status is 1.
 
-Seconds are the median over the steps; with --threads 1 processor time is shown too, its least, which other processes
-on the machine disturb less. The floor is the three matrix products alone, each in one piece.
+Seconds are the median over the steps; `cpu s` is the minimum of the processor time, which other processes affect less.
+The floor is the time of the three matrix products alone, each as one product.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from child import Contestant, PeakMemory, step, versions
+from child import PeakMemory, TimedStep, step, versions
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -34,11 +34,11 @@ HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 SHAPES = [(512, 256, 32_000), (512, 896, 32_000), (1024, 512, 32_000)]  # rows, hidden, vocabulary
 TOLERANCE = 2e-6  # relative error of the whole gradient
-TRL_CHUNK = 32_768  # what its trainers pass
+TRL_CHUNK = 32_768  # the value that its trainers use
 
 
 class Head(nn.Module):
-    """Both leaves of the comparison as parameters."""
+    """Hidden states and weight as parameters."""
 
     def __init__(self, hidden: Tensor, weight: Tensor) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def torch_default(head: Head, targets: Tensor) -> Tensor:
 
 
 def products(head: Head, targets: Tensor) -> Tensor:
-    """No loss, only what none can do without."""
+    """Compute no loss, only the three matrix products that every implementation needs."""
     with torch.no_grad():
         logits = head.hidden @ head.weight.T
         head.hidden.grad = logits @ head.weight
@@ -78,7 +78,7 @@ def products(head: Head, targets: Tensor) -> Tensor:
     return torch.zeros((), requires_grad=True)
 
 
-CONTESTANTS: dict[str, Callable[[Head, Tensor], Tensor]] = {
+IMPLEMENTATIONS: dict[str, Callable[[Head, Tensor], Tensor]] = {
     "ours, kept": lambda head, targets: ours(head, targets, keep_bytes=1 << 40),
     "ours, one pass": ours_in_one_pass,
     "ours, recomputed": lambda head, targets: ours(head, targets, keep_bytes=0),
@@ -91,23 +91,23 @@ CONTESTANTS: dict[str, Callable[[Head, Tensor], Tensor]] = {
 
 
 def be(name: str, material: Path, threads: int) -> None:
-    """The child: one line of JSON out for each line in, as in child.py."""
+    """Run one entry: answer each line of JSON with one, as in child.py."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a library prints goes to the log
+    os.dup2(2, 1)  # what libraries print goes to the log
     torch.set_num_threads(threads)
     tensors = load_file(material)
     head, targets = Head(tensors["hidden"], tensors["weight"]), tensors["targets"]
-    contestant = Contestant(head, lambda: CONTESTANTS[name](head, targets), len(targets), [head])
+    timed = TimedStep(head, lambda: IMPLEMENTATIONS[name](head, targets), len(targets), [head])
     for tensor in (*tensors.values(), head.hidden, head.weight):
-        tensor.sum()  # weights read lazily from the file count as loaded, not as added by a step
+        tensor.sum()  # so that tensors read lazily do not count as memory of a step
     small = Head(torch.randn(4, 8), torch.randn(16, 8))
-    CONTESTANTS[name](small, torch.zeros(4, dtype=torch.int64)).backward()  # imports, and what loads on first use
+    IMPLEMENTATIONS[name](small, torch.zeros(4, dtype=torch.int64)).backward()  # imports, and other work of a first use
     memory = PeakMemory()
     answers.write(json.dumps({"versions": versions()}) + "\n")
     for line in sys.stdin:
         request = json.loads(line)
         if request["do"] == "step":
-            answer = step(contestant, memory)
+            answer = step(timed, memory)
         else:
             save_file({"hidden": head.hidden.grad, "weight": head.weight.grad}, request["path"])
             answer = {"saved": 2}
@@ -115,7 +115,7 @@ def be(name: str, material: Path, threads: int) -> None:
 
 
 class Child:
-    """A contestant's process."""
+    """The process of an entry."""
 
     def __init__(self, name: str, python: Path, material: Path, threads: int) -> None:
         self.name, self.steps = name, []
@@ -154,7 +154,7 @@ def exact_gradient(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def compare(shape: tuple[int, int, int], pythons: dict[str, Path], steps: int, threads: int) -> list[dict]:
-    """One shape: gradients first, then the steps in turns."""
+    """Compare the gradients of one shape, then time the steps in turns."""
     rows, width, vocabulary = shape
     generator = torch.Generator().manual_seed(0)
     tensors = {
@@ -168,7 +168,7 @@ def compare(shape: tuple[int, int, int], pythons: dict[str, Path], steps: int, t
         material = Path(folder) / "material.safetensors"
         save_file(tensors, material)
         children, errors = [], {}
-        for name in CONTESTANTS:
+        for name in IMPLEMENTATIONS:
             child = Child(name, pythons["trl" if name.startswith("TRL") else "ours"], material, threads)
             stack.callback(child.close)
             children.append(child)
@@ -200,12 +200,12 @@ def compare(shape: tuple[int, int, int], pythons: dict[str, Path], steps: int, t
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=7, help="timed steps of each contestant")
+    parser.add_argument("--steps", type=int, default=7, help="timed steps of each entry")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--trl", default="1.16.0", metavar="VERSION")
-    parser.add_argument("--python", type=Path, help="an interpreter that has TRL, instead of making an environment")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    parser.add_argument("--be", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--python", type=Path, help="an interpreter with TRL, instead of making an environment")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    parser.add_argument("--be", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
     parser.add_argument("--material", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.be:
@@ -224,7 +224,7 @@ def main() -> None:
         rows = compare(shape, pythons, args.steps, args.threads)
         report.append({"shape": shape, "results": rows})
         best = {clock: {row["name"]: row[clock] for row in rows} for clock in ("seconds", "cpu_seconds")}
-        print("\nrows {}, hidden {}, vocabulary {}; times over each of ours, fraction of the floor".format(*shape))
+        print("\nrows {}, hidden {}, vocabulary {}; times over those of ours, floor over time".format(*shape))
         print(
             f"{'':<22}{'s':>8}{'kept':>8}{'one pass':>10}{'of floor':>10}{'cpu s':>9}{'kept':>8}{'one pass':>10}"
             f"{'of floor':>10}{'added MiB':>11}{'grad err':>10}"

@@ -1,7 +1,7 @@
-"""What both sides are given, in one folder: a policy, a reference, a tokenizer, and rows of data.
+"""The inputs of both sides, in one folder: a policy, a reference, a tokenizer, and rows of data.
 
-Nothing is downloaded. Random weights and token ids are drawn from a seed; real weights and rows are those of
-RLHF_SHARED, or of `shared` beside the checkout.
+Nothing is downloaded. Random weights and token ids are drawn from a seed; trained weights and real rows are found
+through RLHF_SHARED (default: `shared` beside the checkout).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from players import SHARED
+from processes import SHARED
 
 PAD, BOS, EOS = 1, 2, 3
 SPECIAL_TOKENS = ["<unk>", "<pad>", "<s>", "</s>"]  # ids 0 to 3; every other id is the word "w<id>"
@@ -25,21 +25,21 @@ VOCABULARY = 32_000
 
 @dataclass(frozen=True)
 class Shape:
-    """Least and greatest length, in tokens; a completion's length counts its EOS."""
+    """Smallest and largest length, in tokens; that of a completion includes its EOS."""
 
     prompt: tuple[int, int]
     completion: tuple[int, int]
 
 
 SHAPES = {
-    "short": Shape(prompt=(16, 48), completion=(50, 150)),  # short prompts: sharing them and skipping them gains least
+    "short": Shape(prompt=(16, 48), completion=(50, 150)),  # sharing prompts saves least
     "mixed": Shape(prompt=(100, 300), completion=(20, 150)),
-    "long": Shape(prompt=(512, 768), completion=(16, 64)),  # long prompts: it gains most
+    "long": Shape(prompt=(512, 768), completion=(16, 64)),  # sharing prompts saves most
 }
 
 
-# Two ways to spend about 20M parameters. What the vocabulary costs is where the two sides differ most, and its share of
-# the work falls from `shallow` to `deep`, and further in the larger models that people train.
+# Two models of about 20M parameters. The two sides differ most in the work on the vocabulary. Its share is larger in
+# `shallow` than in `deep`, and smaller still in larger models.
 MODELS = {
     "deep": dict(  # 20.1M, half of them the embedding, which is the head too
         hidden_size=320,
@@ -61,7 +61,7 @@ MODELS = {
 
 
 def make_pairs(shape: Shape, count: int, seed: int) -> list[dict[str, list[int]]]:
-    """`count` pairs of random token ids; a completion ends with EOS, and no other special token occurs anywhere."""
+    """Return `count` pairs of random token ids; a completion ends with EOS, and there are no other special tokens."""
     rng = random.Random(seed)
 
     def words(length: int) -> list[int]:
@@ -77,12 +77,12 @@ def make_pairs(shape: Shape, count: int, seed: int) -> list[dict[str, list[int]]
 
 
 def real_tokens(pairs: list[dict[str, list[int]]]) -> int:
-    """Tokens of all the sequences that the loss is about, without padding; a pair's prompt counts in both of them."""
+    """Return the number of tokens of all sequences, without padding; the prompt of a pair counts twice."""
     return sum(2 * len(pair["prompt"]) + len(pair["chosen"]) + len(pair["rejected"]) for pair in pairs)
 
 
 def make_material(folder: Path, model_name: str, pairs: list[dict[str, list[int]]], seed: int) -> int:
-    """Write `folder`/reference, `folder`/policy and `folder`/pairs.json; returns the model's number of parameters."""
+    """Write `folder`/reference, `folder`/policy and `folder`/pairs.json; return the model's number of parameters."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -100,10 +100,10 @@ def make_material(folder: Path, model_name: str, pairs: list[dict[str, list[int]
 
 
 def save_pair(folder: Path, tokenizer: Any, seed: int, **config: Any) -> int:
-    """Write a random Llama as `folder`/reference and `folder`/policy; returns its number of parameters.
+    """Write a random Llama as `folder`/reference and `folder`/policy; return its number of parameters.
 
-    The policy is the reference with noise added, as it would be in the middle of a run: were they equal, the loss would
-    be ln 2 and every pair's weight in the gradient 1/2, whatever the log-probabilities.
+    The policy is the reference with noise added, as in the middle of a run: if they were equal, the loss would be ln 2
+    and the weight of every pair in the gradient 1/2, whatever the log-probs are.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -133,14 +133,14 @@ REAL_MODEL = dict(  # 30.4M parameters, 85 % of them embedding and head: GPT-2's
     num_key_value_heads=2,
     tie_word_embeddings=False,
 )
-LONGEST = 1024  # tokens of prompt and completion, so that nobody's default cuts a row
+LONGEST = 1024  # tokens of prompt and completion, so that no default truncates a row
 
 
 def make_real_model(folder: Path, seed: int = 0) -> int:
-    """`folder`/reference and `folder`/policy as `save_pair` makes them, with GPT-2's own tokenizer.
+    """Write `folder`/reference and `folder`/policy as `save_pair` does, with GPT-2's tokenizer.
 
-    It gets a token to pad with: GPT-2 has none, and where the end token pads, TRL reads a reward model's score before
-    the end.
+    The tokenizer gets a padding token: GPT-2 has none, and where the end token is used for padding, TRL reads the score
+    of a reward model before the end.
     """
     tokenizer = gpt2_tokenizer()
     special = dict(pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.eos_token_id)
@@ -156,26 +156,26 @@ def gpt2_tokenizer() -> Any:
 
 
 def copy_stories(folder: Path) -> None:
-    """stories260K as `folder`/policy and `folder`/reference."""
+    """Copy stories260K to `folder`/policy and `folder`/reference."""
     for name in ("policy", "reference"):
         shutil.copytree(SHARED / "models" / "stories260K", folder / name)
 
 
 def make_reward_model(folder: Path) -> None:
-    """`folder`/reward_model: the policy's trunk with a new score head."""
+    """Write `folder`/reward_model: the trunk of the policy with a new score head."""
     from rlhf_core.models.load import load_reward_model, save_model
 
     save_model(folder / "reward_model", *load_reward_model(folder / "policy", device="cpu"))
 
 
 def real_rows(name: str) -> list[dict[str, str]]:
-    """The rows of a file of the shared material."""
+    """Return the rows of a file of the shared data."""
     with gzip.open(SHARED / "data" / f"{name}.jsonl.gz", "rt") as lines:
         return [json.loads(line) for line in lines]
 
 
 def hh_pairs(count: int, seed: int = 0, *, longest: int = LONGEST) -> list[dict[str, str]]:
-    """Preference pairs of Anthropic's HH, drawn from those of fewer than `longest` tokens."""
+    """Return `count` preference pairs of Anthropic's HH, drawn from those with fewer than `longest` tokens."""
     rows, tokenizer = real_rows("pref_hh_harmless_base_train"), gpt2_tokenizer()
     for side in ("chosen", "rejected"):
         rows = [row for row, length in zip(rows, whole_lengths(rows, side, tokenizer), strict=True) if length < longest]
@@ -183,9 +183,9 @@ def hh_pairs(count: int, seed: int = 0, *, longest: int = LONGEST) -> list[dict[
 
 
 def alpaca_rows(limit: int | None = None, *, longest: int | None = LONGEST) -> list[dict[str, str]]:
-    """Stanford Alpaca as published, in its order, with its own words around instruction and input.
+    """Return rows of Stanford Alpaca in their order, with the original prompt template.
 
-    Of the first `limit` rows those with an output and, unless `longest` is None, of fewer tokens than that.
+    Of the first `limit` rows, those with an output and, unless `longest` is None, with fewer tokens than that.
     """
     from rlhf_core.data.formats import read_records
 
@@ -203,10 +203,10 @@ def alpaca_rows(limit: int | None = None, *, longest: int | None = LONGEST) -> l
 
 
 def whole_lengths(rows: list[dict[str, str]], side: str, tokenizer: Any) -> list[float]:
-    """Tokens of each row's prompt and completion, and infinity where a token would bridge the two.
+    """Return the tokens of each row's prompt and completion; infinity where a token would span the two.
 
-    TRL makes tokens of both as one text and cuts them apart, ours makes them apart. Rows on which they differ are left
-    out, so that both sides learn the same tokens.
+    TRL tokenises both as one text and splits the tokens, ours tokenises them separately. Rows on which they differ are
+    excluded, so that both sides train on the same tokens.
     """
     prompts, completions = ([row[name] for row in rows] for name in ("prompt", side))
     apart = zip(*(tokenizer(texts)["input_ids"] for texts in (prompts, completions)), strict=True)
@@ -218,7 +218,8 @@ def whole_lengths(rows: list[dict[str, str]], side: str, tokenizer: Any) -> list
 
 
 def write_rows(folder: Path, rows: list[dict[str, Any]], batch_size: int) -> None:
-    """`folder`/rows.jsonl, and `folder`/in_order.jsonl: as our first epoch takes them, for who takes them in order."""
+    """Write `folder`/rows.jsonl, and `folder`/in_order.jsonl in the order of our first epoch, for trainers that keep
+    the order of the file."""
     from rlhf_core.data.loader import step_examples
 
     steps = range(1, -(-len(rows) // batch_size) + 1)

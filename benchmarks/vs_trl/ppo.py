@@ -2,14 +2,14 @@
 
     python benchmarks/vs_trl/ppo.py [--model stories|wide] [--steps 3] [--quick]
 
-An iteration is all of it: rollout, scores, log-probs of policy and reference, values, and the updates of every epoch.
-Both sides run their own trainer on the same weights, prompts, completion length, epochs and minibatches, float32, in
-processes of their own that take turns; the first iteration of each is a warm-up. Ours is shown with the value head on
-the policy's trunk and with a trunk of its own, which is what TRL's critic has. The samples are each side's own, so the
-completions are not the same tokens; how many updates were made is checked, scores and KL are shown.
+An iteration consists of rollout, scores, log-probs of policy and reference, values, and the updates of all epochs. Both
+sides run their own trainer with the same weights, prompts, completion length, epochs and minibatches, in float32, each
+in its own process, in turns; the first iteration of each is a warm-up. Ours is run with a value head on the policy's
+trunk and with a critic that has its own trunk, as TRL's has. Each side samples its own completions, so their tokens
+differ; the number of updates is checked, and scores and KL are shown.
 
-Run it from the project's own environment; TRL gets one of its own (environment.py). `stories` needs the real weights
-(RLHF_SHARED, or `shared` beside the checkout); `wide` is a random Llama of 20M parameters, vocabulary 32,000.
+Run it from the project's environment; TRL has its own (environment.py). `stories` needs the shared data (RLHF_SHARED,
+or `shared` beside the checkout); `wide` is a random Llama of 20M parameters, vocabulary 32,000.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import tempfile
 from pathlib import Path
 
 from material import SPECIAL_TOKENS, VOCABULARY, copy_stories, make_material, make_reward_model, real_rows
-from players import Entry, benchmark_parser, play, report
+from processes import Entry, benchmark_parser, report, run_in_turns
 
 
 def main() -> None:
     parser = benchmark_parser(__doc__, steps=3, trl="1.12.0")
     parser.add_argument("--model", choices=["stories", "wide"], default="stories")
-    parser.add_argument("--prompts", type=int, default=32, help="to a rollout")
-    parser.add_argument("--tokens", type=int, default=64, help="to a completion, at most")
+    parser.add_argument("--prompts", type=int, default=32, help="prompts per rollout")
+    parser.add_argument("--tokens", type=int, default=64, help="largest number of tokens of a completion")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--minibatches", type=int, default=4)
     args = parser.parse_args()
@@ -49,11 +49,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="vs_trl_") as name:
         folder = Path(name)
         make_folder(folder, args)
-        turns = play(entries(folder, args), folder, args, check=check)
-    gauges = {
+        turns = run_in_turns(entries(folder, args), folder, args, check=check)
+    columns = {
         key: lambda taken, key=key: f"{statistics.mean(turn[key] for turn in taken):.3f}" for key in ("score", "kl")
     }
-    report("PPO iteration", turns, args, ours=["ours, shared trunk", "ours, own trunk"], more=gauges)
+    report("PPO iteration", turns, args, ours=["ours, shared trunk", "ours, own trunk"], more=columns)
 
 
 def entries(folder: Path, args: argparse.Namespace) -> list[Entry]:
@@ -63,21 +63,21 @@ def entries(folder: Path, args: argparse.Namespace) -> list[Entry]:
         data=str(folder / "prompts.jsonl"),
         batch_size=args.prompts,
         minibatch_size=args.prompts // args.minibatches,
-        ppo_epochs=args.epochs,
-        kl_target=None,
+        rollout_epochs=args.epochs,
+        kl=dict(target=None),
         sampling=dict(max_new_tokens=args.tokens),
         optim=dict(lr=1e-6, schedule="constant"),
     )
     numbers = {name: getattr(args, name) for name in ("prompts", "tokens", "epochs", "minibatches")}
     return [
-        Entry("ours, shared trunk", "ours_train.py", dict(job="ppo", config=config | dict(value="head"))),
-        Entry("ours, own trunk", "ours_train.py", dict(job="ppo", config=config | dict(value="policy"))),
+        Entry("ours, shared trunk", "ours_train.py", dict(job="ppo", config=config | dict(value=dict(model="head")))),
+        Entry("ours, own trunk", "ours_train.py", dict(job="ppo", config=config | dict(value=dict(model="policy")))),
         Entry("TRL", "trl_ppo.py", numbers),
     ]
 
 
 def make_folder(folder: Path, args: argparse.Namespace) -> None:
-    """`folder`/policy, /reward_model, and the prompts as text (ours) and as token ids (TRL), the same ones."""
+    """Write policy, reward model, and the prompts as texts (for ours) and as token ids (for TRL)."""
     from rlhf_core.config import DataConfig
     from rlhf_core.data.loader import load_examples
     from rlhf_core.models.load import load_policy

@@ -2,8 +2,8 @@
 
     python benchmarks/vs_trl/reward.py [--steps 3] [--rows 8] [--quick]
 
-Both sides run their own trainer's loop; a step is all of it, optimizer and log included. The pairs are real ones, on a
-random Llama of 30M parameters, most of which belong to GPT-2's vocabulary. The losses of every step are compared.
+Both sides run the loop of their own trainer; a step includes the optimizer and logging. The pairs are real. The model
+is a random Llama of 30M parameters, most of which belong to GPT-2's vocabulary. The losses of every step are compared.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import tempfile
 from pathlib import Path
 
 from material import hh_pairs, make_real_model, make_reward_model, write_rows
-from players import Entry, benchmark_parser, play, report, same_losses
+from processes import Entry, benchmark_parser, report, run_in_turns, same_losses
 
 
 def main() -> None:
     parser = benchmark_parser(__doc__, steps=5)
-    parser.add_argument("--rows", type=int, default=8, help="pairs to a step")
+    parser.add_argument("--rows", type=int, default=8, help="pairs per step")
     args = parser.parse_args()
     longest = 1024
     if args.quick:
@@ -43,7 +43,7 @@ def main() -> None:
             Entry("TRL, defaults (checkpointing)", "trl_train.py", trl(gradient_checkpointing=True)),
             Entry("TRL, no checkpointing", "trl_train.py", trl(gradient_checkpointing=False)),
         ]
-        turns = play(entries, folder, args, check=same_losses(1e-5, 1e-3))
+        turns = run_in_turns(entries, folder, args, check=same_losses(1e-5, 1e-3))
     report(f"reward-model step, {args.rows} pairs of HH", turns, args, ours=["ours"])
 
 

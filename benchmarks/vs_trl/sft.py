@@ -1,11 +1,11 @@
-"""SFT, supervised tokens a second: rlhf_core against TRL on the CPU, same weights, rows of Alpaca, in one run.
+"""SFT, supervised tokens per second: rlhf_core against TRL on the CPU, same weights, rows of Alpaca, in one run.
 
     python benchmarks/vs_trl/sft.py [--steps 3] [--rows 8] [--quick]
 
-Both sides run their own trainer's loop; a step is all of it, optimizer and log included, on a random Llama of 30M
-parameters with GPT-2's vocabulary. TRL packs rows into sequences of 1024 tokens (`bfd`) and takes eight of them to a
-step; ours, and TRL without packing, take as many rows as make that many tokens. Prompts are not learned. The losses of
-ours and of TRL without packing, which take the same rows, are compared.
+Both sides run the loop of their own trainer; a step includes the optimizer and logging. The model is a random Llama of
+30M parameters with GPT-2's vocabulary. TRL packs rows into sequences of 1024 tokens (`bfd`), eight per step; ours, and
+TRL without packing, take as many rows as have that many tokens. Prompts are not supervised. The losses of ours and of
+TRL without packing, which take the same rows, are compared.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ import tempfile
 from pathlib import Path
 
 from material import alpaca_rows, gpt2_tokenizer, make_real_model, whole_lengths, write_rows
-from players import Entry, benchmark_parser, play, report, same_losses
+from processes import Entry, benchmark_parser, report, run_in_turns, same_losses
 
-LENGTH = 1024  # of TRL's packed sequences, its default
+LENGTH = 1024  # tokens of TRL's packed sequences, its default
 
 
 def main() -> None:
     parser = benchmark_parser(__doc__, steps=3)
-    parser.add_argument("--rows", type=int, default=8, help=f"packed sequences of {LENGTH} tokens to a step")
+    parser.add_argument("--rows", type=int, default=8, help=f"packed sequences of {LENGTH} tokens per step")
     args = parser.parse_args()
     length = LENGTH
     if args.quick:
         args.steps, args.rows, length = 1, 2, 256
     rows = alpaca_rows(5000)
-    micro = 8  # rows that TRL pads at once
+    micro = 8  # rows that TRL pads together
     mean_length = statistics.mean(whole_lengths(rows, "completion", gpt2_tokenizer()))
-    to_a_step = max(round(args.rows * length / mean_length / micro), 1) * micro
+    per_step = max(round(args.rows * length / mean_length / micro), 1) * micro
     with tempfile.TemporaryDirectory(prefix="vs_trl_") as name:
         folder = Path(name)
         make_real_model(folder)
-        write_rows(folder, rows[: 2 * to_a_step * (args.steps + 1)], to_a_step)
+        write_rows(folder, rows[: 2 * per_step * (args.steps + 1)], per_step)
         ours = dict(
             model=str(folder / "policy"),
             data=str(folder / "rows.jsonl"),
-            batch_size=to_a_step,
+            batch_size=per_step,
             optim=dict(lr=1e-6, schedule="constant"),
         )
-        padded = dict(per_device_train_batch_size=micro, gradient_accumulation_steps=to_a_step // micro)
+        padded = dict(per_device_train_batch_size=micro, gradient_accumulation_steps=per_step // micro)
         packed = dict(packing=True, packing_strategy="bfd", max_length=length, per_device_train_batch_size=args.rows)
 
         def trl(**config: object) -> dict:
@@ -61,10 +61,10 @@ def main() -> None:
         compare = same_losses(1e-5, 1e-3)
 
         def check(title: str, step: int, turn: dict) -> None:
-            if "packed" not in title:  # which puts other rows into a step
+            if "packed" not in title:  # a packed step has other rows
                 compare(title, step, turn)
 
-        turns = play(entries, folder, args, check=check)
+        turns = run_in_turns(entries, folder, args, check=check)
 
     def speed(taken: list[dict]) -> float:
         return sum(turn["tokens"] for turn in taken) / sum(turn["seconds"] for turn in taken)
@@ -75,8 +75,8 @@ def main() -> None:
         "tokens/s": lambda taken: f"{speed(taken):.1f}",
         "our best": lambda taken: f"{best / speed(taken):.2f}x",
     }
-    report(f"SFT, {to_a_step} rows of Alpaca a step, supervised tokens", turns, args, ours=["ours"], more=more)
-    print("tokens: supervised, a step; our best: the tokens/s of the faster row of ours over this row's")
+    report(f"SFT, {per_step} rows of Alpaca per step, supervised tokens", turns, args, ours=["ours"], more=more)
+    print("tokens: supervised tokens per step; our best: tokens/s of the faster of our rows over those of this row")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""From the command to the first step: rlhf_core against TRL on the CPU, SFT on Alpaca's 52,002 rows.
+"""Time from the command to the first step: rlhf_core against TRL on the CPU, SFT on Alpaca's 52,002 rows.
 
     python benchmarks/vs_trl/start.py [--steps 3] [--quick]
 
-Each start is a new process, from its first instruction until its trainer is about to make its first step: imports, a
-model of 30M parameters, reading and tokenising all rows with GPT-2's tokenizer, and what else the trainer does before.
-Each side is started cold, with empty caches, and then warm, with what the cold start left in them. `--steps` is the
-number of both.
+Each start is a new process, timed from its start until its trainer is about to make its first step: imports, a model of
+30M parameters, reading and tokenising all rows with GPT-2's tokenizer, and all else that the trainer does before.
+Each side is started cold, with empty caches, and then warm, with the caches of the cold start. `--steps` is the number
+of pairs of starts.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from material import alpaca_rows, make_real_model
-from players import Player, benchmark_parser, machine, say
+from processes import Child, benchmark_parser, log, machine
 
 
 def main() -> None:
     parser = benchmark_parser(__doc__, steps=3)
-    parser.add_argument("--rows", type=int, help="no more than this many")
+    parser.add_argument("--rows", type=int, help="largest number of rows")
     args = parser.parse_args()
     if args.quick:
         args.steps, args.rows = 1, 500
@@ -33,12 +35,12 @@ def main() -> None:
         rows = alpaca_rows(args.rows, longest=None)
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         for number in range(args.steps):
-            for title, script, settings in contestants(folder):
+            for title, script, settings in entries(folder):
                 caches = folder / f"{title}-{number}"
                 caches.mkdir()
                 for state in ("cold", "warm"):
                     taken = start(title, script, settings(caches), caches, args)
-                    say(f"{title}, {state}: {taken:.1f} s")
+                    log(f"{title}, {state}: {taken:.1f} s")
                     seconds.setdefault(title, {}).setdefault(state, []).append(taken)
     medians = {
         title: {state: statistics.median(taken) for state, taken in row.items()} for title, row in seconds.items()
@@ -52,8 +54,8 @@ def main() -> None:
         args.json.write_text(json.dumps({"machine": machine(), "seconds": seconds}, indent=2) + "\n")
 
 
-def contestants(folder: Path):
-    """Title, script, and a function from the folder for its caches to its settings."""
+def entries(folder: Path) -> Iterator[tuple[str, str, Callable[[Path], dict[str, Any]]]]:
+    """Yield title, script, and a function that returns the settings for a folder of caches."""
     rows, policy = str(folder / "rows.jsonl"), str(folder / "policy")
 
     def ours(caches: Path) -> dict:
@@ -70,15 +72,15 @@ def contestants(folder: Path):
 
 
 def start(title: str, script: str, settings: dict, caches: Path, args) -> float:
-    """Seconds until a new process waits for its first turn."""
+    """Return the seconds until a new process waits for its first request."""
     about = {"folder": str(caches), "output": str(caches / f"output-{time.monotonic_ns()}"), "steps": 1}
     path = caches / "settings.json"
     path.write_text(json.dumps(about | {"threads": args.threads} | settings))
     started = time.perf_counter()
-    parallel = "processes" not in title  # forked while tokenizers has threads, those would hang
-    player = Player(title, script, [path], caches, threads=args.threads, trl=args.trl, parallel_tokenizers=parallel)
+    parallel = "processes" not in title  # processes forked while tokenizers has threads would hang
+    child = Child(title, script, [path], caches, threads=args.threads, trl=args.trl, parallel_tokenizers=parallel)
     taken = time.perf_counter() - started
-    player.close()
+    child.close()
     return taken
 
 

@@ -1,4 +1,4 @@
-"""TRL 1.12's PPO: its own trainer and its own loop, with a wait between its iterations by way of a callback."""
+"""TRL 1.12's PPO: its trainer and its loop, with a callback that waits between its iterations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from turns import Turns
 
 
 class Wait(TrainerCallback):
-    """One turn an iteration."""
+    """Make one iteration per request."""
 
     def __init__(self, turns: Turns) -> None:
         self.turns, self.updates = turns, 0
@@ -51,10 +51,10 @@ def main() -> None:
         args=PPOConfig(
             output_dir=args.output,
             use_cpu=True,
-            bf16=False,  # the default is True, on the CPU too; the other side is float32
+            bf16=False,  # the default is True, also on the CPU; the other side is float32
             gradient_checkpointing=False,
             per_device_train_batch_size=args.prompts,
-            gradient_accumulation_steps=1,  # with more, accelerate makes one update an epoch of all minibatches
+            gradient_accumulation_steps=1,  # with more, accelerate combines minibatches into one update
             num_mini_batches=args.minibatches,
             num_ppo_epochs=args.epochs,
             total_episodes=args.prompts * args.steps,
@@ -76,7 +76,7 @@ def main() -> None:
         eval_dataset=data,
         callbacks=[waiting],
     )
-    step = trainer.optimizer.optimizer.step  # inside accelerate's wrapper: the updates that are really made
+    step = trainer.optimizer.optimizer.step  # inside accelerate's wrapper, to count the updates that are made
 
     def counted(*arguments, **options):
         waiting.updates += 1

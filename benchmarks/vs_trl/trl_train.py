@@ -1,7 +1,7 @@
-"""TRL's trainers and their own loop, with a wait between its steps by way of a callback.
+"""TRL's trainers and their loop, with a callback that waits between its steps.
 
-Settings: `job` (sft, reward, kto, grpo or rloo); `data`, a JSONL file; `config`, by the names of the trainer's config;
-and for kto `reference`, the folder of the reference model. Runs in an environment of `environment.trl_python`.
+Settings: `job` (sft, reward, kto, grpo or rloo); `data`, a JSONL file; `config`, fields of the trainer's config; and
+for kto `reference`, the folder of the reference model. Runs in an environment of `environment.trl_python`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from turns import Turns
 NAMES = {"sft": "SFT", "reward": "Reward", "kto": "KTO", "grpo": "GRPO", "rloo": "RLOO"}
 FIXED: dict[str, Any] = dict(
     use_cpu=True,
-    bf16=False,  # the default is True, on the CPU too; the other side is float32
+    bf16=False,  # the default is True, also on the CPU; the other side is float32
     lr_scheduler_type="constant",
-    train_sampling_strategy="sequential",  # the file is in the order in which the other side takes its rows
+    train_sampling_strategy="sequential",  # the file has the other side's order
     logging_steps=1,
     save_strategy="no",
     report_to="none",
@@ -30,7 +30,7 @@ FIXED: dict[str, Any] = dict(
 
 
 class Wait(TrainerCallback):
-    """One turn an optimizer step, from its first forward to its line in the log."""
+    """Make one optimizer step per request, from its first forward to its log line."""
 
     def __init__(self, turns: Turns) -> None:
         self.turns = turns
@@ -57,7 +57,7 @@ def main() -> None:
         options["ref_model"] = AutoModelForCausalLM.from_pretrained(args.reference, dtype=torch.float32)
     if args.job in ("grpo", "rloo"):
         options["reward_funcs"] = share_of_spaces
-        FIXED.pop("train_sampling_strategy")  # these have a sampler of their own
+        FIXED.pop("train_sampling_strategy")  # these have their own sampler
         FIXED["shuffle_dataset"] = False
     shared = FIXED | dict(output_dir=args.output, max_steps=args.steps)
     trainer = getattr(trl, f"{name}Trainer")(
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def count_supervised(trainer: Any, turns: Turns) -> None:
-    """Put the supervised tokens of each step among its facts: of every micro-batch, what its loss is about."""
+    """Add the number of supervised tokens of each step to its results, counted in its micro-batches."""
     compute_loss = trainer.compute_loss
 
     def counted(model: Any, inputs: dict[str, Any], *more: Any, **options: Any) -> Any:

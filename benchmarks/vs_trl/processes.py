@@ -1,7 +1,7 @@
-"""The parent's half of the benchmarks: contestants in processes of their own, that act when asked and one at a time.
+"""The parent process of the benchmarks: it starts a process for each entry, and lets one at a time make a step.
 
-A contestant is a script of this folder. Those named ours_* run in the project's environment, the others in one that
-holds TRL (environment.py). What they are asked and answer are lines of JSON; see child.py and turns.py.
+An entry is a script of this folder. Scripts named ours_* run in the project's environment, the others in one with TRL
+(environment.py). Requests and answers are lines of JSON; see child.py and turns.py.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ REPOSITORY = HERE.parents[1]
 SHARED = Path(os.environ.get("RLHF_SHARED", REPOSITORY.parent / "shared")) / "real"
 
 
-class Player:
-    """A contestant's process. It speaks first, once it has loaded; what it said then is `about`.
+class Child:
+    """The process of an entry. `about` is its first answer, which it sends once everything is loaded.
 
-    Tokenizers work in one thread unless `parallel_tokenizers`.
+    Tokenizers use one thread unless `parallel_tokenizers`.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Player:
         parallel_tokenizers: bool = False,
     ) -> None:
         self.title, self.script = title, script
-        self.log = folder / f"{title}.log"
+        self.log_file = folder / f"{title}.log"
         ours = script.startswith("ours")
         environment = os.environ | {
             "OMP_NUM_THREADS": str(threads),
@@ -55,10 +55,10 @@ class Player:
             "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'kernels'}" if ours else "",
         }
         python = sys.executable if ours else trl_python(trl)
-        with self.log.open("w") as log:
+        with self.log_file.open("w") as log_file:
             self.process = subprocess.Popen(
                 [python, HERE / script, *arguments],
-                env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log_file, text=True,
             )  # fmt: skip
         self.about = self._answer()
 
@@ -71,20 +71,20 @@ class Player:
         if line := self.process.stdout.readline():
             return json.loads(line)
         status = self.process.wait()
-        tail = "\n".join(self.log.read_text().splitlines()[-30:])
-        raise SystemExit(f"{self.title!r} ended with status {status}. The end of its log:\n{tail}")
+        tail = "\n".join(self.log_file.read_text().splitlines()[-30:])
+        raise SystemExit(f"{self.title!r} ended with status {status}. The last lines of its log:\n{tail}")
 
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
 
 
-# ------------------------------------------------------------------------------------- both sides' own training loops
+# ------------------------------------------------------------------------------------- the training loops of both sides
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One contestant of `play`: a title, a script that uses turns.py, and the settings that it is given."""
+    """One entry of `run_in_turns`: a title, a script that uses turns.py, and its settings."""
 
     title: str
     script: str
@@ -92,44 +92,45 @@ class Entry:
 
 
 def benchmark_parser(doc: str, *, steps: int, trl: str = "1.16.0") -> argparse.ArgumentParser:
-    """The options that all benchmarks of training loops have."""
+    """Return a parser with the options that all benchmarks of training loops have."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=steps, help="timed steps of each, after one of warm-up")
+    parser.add_argument("--steps", type=int, default=steps, help="timed steps of each entry, after a warm-up step")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--trl", default=trl, metavar="VERSION")
-    parser.add_argument("--quick", action="store_true", help="only show that it works: one small step")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--quick", action="store_true", help="only check that it works: one small step")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
     return parser
 
 
-def play(
+def run_in_turns(
     entries: list[Entry],
     folder: Path,
     args: argparse.Namespace,
     check: Callable[[str, int, dict], None] = lambda title, step, turn: None,
 ) -> dict[str, list[dict]]:
-    """The turns of each contestant, `args.steps` after one of warm-up; they take them one at a time and round robin.
+    """Return the turns of each entry: `args.steps` steps after a warm-up step, one entry at a time, round robin.
 
-    check: called with every turn, the warm-up's as step 0; ends the program where a turn is not what it should be.
+    check: called with the title, number and results of every step, 0 for the warm-up; ends the program if they are
+    wrong.
     """
     turns: dict[str, list[dict]] = {entry.title: [] for entry in entries}
     with contextlib.ExitStack() as stack:
-        players = []
+        children = []
         for number, entry in enumerate(entries):
-            say(f"loading: {entry.title}")
+            log(f"loading: {entry.title}")
             about = {"folder": str(folder), "output": str(folder / f"output-{number}"), "threads": args.threads}
             settings = folder / f"{number}.json"
             settings.write_text(json.dumps(about | {"steps": args.steps + 1} | entry.settings))
-            player = Player(entry.title, entry.script, [settings], folder, threads=args.threads, trl=args.trl)
-            stack.callback(player.close)
-            players.append(player)
+            child = Child(entry.title, entry.script, [settings], folder, threads=args.threads, trl=args.trl)
+            stack.callback(child.close)
+            children.append(child)
         for step in range(args.steps + 1):
-            for player in players:
-                turn = player.ask(do="turn") | {"versions": player.about["versions"]}
-                say(f"step {step or 'of warm-up'}: {player.title}: {turn['seconds']:.2f} s")
-                check(player.title, step, turn)
+            for child in children:
+                turn = child.ask(do="turn") | {"versions": child.about["versions"]}
+                log(f"step {step or '0, warm-up'}: {child.title}: {turn['seconds']:.2f} s")
+                check(child.title, step, turn)
                 if step:
-                    turns[player.title].append(turn)
+                    turns[child.title].append(turn)
     return turns
 
 
@@ -141,9 +142,9 @@ def report(
     ours: list[str],
     more: dict[str, Callable[[list[dict]], str]] | None = None,
 ) -> None:
-    """Print a row for each contestant, with its time and memory over those of each one named in `ours`.
+    """Print a row for each entry, with its time and memory divided by those of each entry named in `ours`.
 
-    more: further columns, from the turns of a row.
+    more: further columns, computed from the turns of a row.
     """
     rows = {
         name: {
@@ -172,9 +173,9 @@ def report(
             line += f"{row['seconds'] / other['seconds']:>16.2f}x{row['added_mib'] / other['added_mib']:>8.2f}x"
         print(line + "".join(f"{column(turns[name]):>15}" for column in (more or {}).values()))
     print(
-        "\ns/step, least: mean and least of the steps; cpu s: least processor time, all threads together"
-        "\nadded MiB: peak resident memory of a step above what was resident after loading, Adam's state included"
-        f"\ntime, memory: s/step and added MiB over those of {' and of '.join(map(repr, ours))}"
+        "\ns/step, least: mean and minimum over the steps; cpu s: minimum of the processor time of all threads"
+        "\nadded MiB: peak resident memory of a step minus that after loading; it includes Adam's state"
+        f"\ntime, memory: s/step and added MiB divided by those of {' and of '.join(map(repr, ours))}"
     )
     if args.json:
         results = {name: rows[name] | {"turns": turns[name]} for name in rows}
@@ -183,19 +184,23 @@ def report(
 
 
 def same_losses(first: float, later: float) -> Callable[[str, int, dict], None]:
-    """A check for `play`: the loss of a step is relatively as near as this to the first contestant's."""
+    """Return a check for `run_in_turns`: the largest relative difference of a loss from that of the first entry.
+
+    first, later: the largest difference in the warm-up step and in the others.
+    """
     of_step: dict[int, float] = {}
 
     def check(title: str, step: int, turn: dict) -> None:
         loss = of_step.setdefault(step, turn["loss"])
-        off = abs(turn["loss"] / loss - 1)
-        if not off <= (later if step else first):  # so that NaN counts as wrong
+        difference = abs(turn["loss"] / loss - 1)
+        if not difference <= (later if step else first):  # so that NaN counts as wrong
             raise SystemExit(f"NOT THE SAME STEP: {title}: the loss of step {step} is {turn['loss']}, not {loss}")
 
     return check
 
 
 def machine() -> dict[str, Any]:
+    """Return facts about the machine."""
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -212,8 +217,9 @@ def machine() -> dict[str, Any]:
 
 
 LOAD = [round(average, 2) for average in os.getloadavg()]
-"""When the program began."""
+"""Load averages when the program began."""
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
+    """Print a line of progress."""
     print(text, file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
-"""The referee: the same DPO loss and gradient by the definition, in float64, one sequence at a time.
+"""The DPO loss and its gradient by the definition, in float64, one sequence at a time.
 
-Uses transformers' model and nothing of either side. Writes the gradient to a file and the rest, as JSON, to stdout.
+It uses the model of transformers and no code of either side. The gradient is written to a file, the loss to stdout as
+JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 
 class ExactNorm(nn.Module):
-    """`LlamaRMSNorm`, which computes in float32 whatever it is given, in the dtype of its input."""
+    """`LlamaRMSNorm` in the dtype of its input; the original always computes in float32."""
 
     def __init__(self, norm: LlamaRMSNorm) -> None:
         super().__init__()
@@ -54,7 +55,7 @@ def main() -> None:
     policy, reference = load(args.folder / "policy"), load(args.folder / "reference")
     pairs = json.loads((args.folder / "pairs.json").read_text())
     loss, largest_sum = 0.0, 0.0
-    for pair in pairs:  # pairs are independent: their gradients add up
+    for pair in pairs:  # the gradients of the pairs are added
         chosen, rejected = (completion_logprob(policy, pair["prompt"], pair[kind]) for kind in ("chosen", "rejected"))
         with torch.no_grad():
             ref_chosen, ref_rejected = (
