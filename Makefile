@@ -1,4 +1,4 @@
-# Every verb makes its own .venv on first use. `make help` lists them.
+# Every target creates .venv on first use. `make help` lists the targets.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -14,23 +14,25 @@ DEMO_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
+PYTEST = $(if $(filter 0,$(WORKERS)),,OMP_NUM_THREADS=1) \
+  $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 PARITY := .envs/parity
 PARITY_PPO := .envs/parity-1.12
 
-# A .venv that was copied or moved together with its checkout still points at the old place; the stamp knows its own.
+# A .venv that was copied or moved with its checkout refers to the old path. The stamp contains the path of its checkout.
 ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 $(shell rm -f $(STAMP))
 endif
 
-.PHONY: help setup test lint format bench demo docs parity wheel clean
+.PHONY: help setup test test-all lint format bench demo docs parity wheel clean
 
-help:  ## list the verbs
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  Variables: PYTHON=$(PYTHON)  PIP_ARGS=  WORKERS=$(WORKERS)  PYTEST_ARGS=  DEMO_ARGS=  BENCH_ARGS="
 	@echo "  For example: make test WORKERS=0 PYTEST_ARGS='tests/test_architecture.py -x'"
 
-setup: $(STAMP)  ## make .venv with everything in it (again only when a dependency changes)
+setup: $(STAMP)  ## create .venv (again only when a dependency changes)
 	@echo "$(VENV) is up to date."
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
@@ -52,13 +54,16 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	  echo "$(CURDIR)" > $(STAMP); \
 	  echo "$(VENV) is ready ($${SECONDS} s)."
 
-test: $(STAMP)  ## run the tests, several at a time (WORKERS=0: one at a time)
-	@$(if $(filter 0,$(WORKERS)),,OMP_NUM_THREADS=1) \
-	  $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
+test: $(STAMP)  ## run the tests except slow ones, in parallel (WORKERS=0: one at a time)
+	@$(PYTEST) $(PYTEST_ARGS)
 
-lint: $(STAMP)  ## check style and formatting
+test-all: $(STAMP)  ## run all tests, including slow ones
+	@$(PYTEST) -m "" $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## check style, formatting and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
 
 format: $(STAMP)  ## fix what lint can fix, and format
 	@$(BIN)/ruff check --fix .
@@ -96,5 +101,5 @@ wheel: $(STAMP)  ## build the wheel into dist/
 	@ls dist/*.whl
 
 clean:  ## remove .venv, caches and everything built
-	@rm -rf $(VENV) .envs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) .envs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	@find rlhf_core kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
