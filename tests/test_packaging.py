@@ -82,6 +82,7 @@ def test_version_of_the_package_and_of_setup_cfg_are_equal(setup_cfg: configpars
     assert rlhf_core.__version__ == setup_cfg["metadata"]["version"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_wheel_in_a_clean_environment(tmp_path: Path, setup_cfg: configparser.ConfigParser):
     """Build from a copy of the tracked files, install with dependencies, and run outside the checkout."""

@@ -245,7 +245,10 @@ def draw_evenly(monkeypatch) -> None:
     monkeypatch.setattr(torch, "rand", rand)
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = {"ppo-27", "ppo-15-full", "rloo-27"}  # each a world and a KL that another case has too
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES])
 def test_the_optimum_is_found(worlds, train, total_variation, monkeypatch, case):
     trainer, name, changes = CASES[case]
     if case in EVEN:

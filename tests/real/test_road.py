@@ -94,6 +94,7 @@ def test_reward_model_learns_politeness(shared: Path, stories: Path, tmp_path: P
     assert numbers["eval_accuracy"] >= 0.82, numbers
 
 
+@pytest.mark.slow
 def test_reward_model_learns_sentiment(sentiment_reward):
     print(f"\nreward model on sentiment_sentences: evaluation accuracy {sentiment_reward[1]['eval_accuracy']:.3f}")
     assert sentiment_reward[1]["eval_accuracy"] >= 0.70, sentiment_reward[1]
@@ -116,6 +117,7 @@ def test_dpo_learns_politeness(shared: Path, stories: Path, tmp_path: Path):
     assert metrics(tmp_path / "dpo")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_ppo_makes_stories_kinder(shared: Path, stories: Path, sentiment_reward, tmp_path: Path):
     """Score up by a reference standard deviation, KL near its target, and the text still a story."""
     target, prompts = 15.0, shared / "data" / "prompts_tinystories_{}.jsonl.gz"
