@@ -175,7 +175,8 @@ class OnlineRun(Run[C]):
         """Return the experience with the reward's scores, and the metrics of the `own` completions. Completions without
         a score do not take part."""
         scores = score_completions(self.reward, experience, rows)
-        metrics = rollout_metrics(experience.select(torch.arange(len(experience))[own]), scores.select(own))
+        measured = experience if own == slice(None) else experience.select(torch.arange(len(experience))[own])
+        metrics = rollout_metrics(measured, scores.select(own))
         valid = scores.valid.to(self.device)
         scored = replace(
             experience,
